@@ -1,0 +1,28 @@
+"Packaging reads settings.ini, so that every fact about the project stands in one place."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+settings = ConfigParser(delimiters=["="])
+settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+project = settings["DEFAULT"]
+
+setup(
+    name=project["lib_name"],
+    version=project["version"],
+    description=project["description"],
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=project["keywords"],
+    author=project["author"],
+    author_email=project["author_email"],
+    url=project["git_url"],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=["steer_nb"],
+    python_requires=f">={project['min_python']}",
+    install_requires=project["requirements"].split(),
+    extras_require={"dev": project["dev_requirements"].split()},
+    entry_points={"console_scripts": [project["console_scripts"]]},
+)

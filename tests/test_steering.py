@@ -1,0 +1,282 @@
+"What a steered model must still do, with the real thing each time: compile, Trainer, PEFT, beam search, another process."
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from steer_nb.sites import Site
+from steer_nb.steering import SteeringConfig, SteeringError, load_steering, prompt_ends, steer, steerings
+
+EVERY_POSITIONS = ("all", "last", "prompt", "completion", "prefix:2", "suffix:3", "prefix:1+suffix:2")
+
+
+def tiny(model_type="llama", seed=0, **changes):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=100,
+                 max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **changes})).eval()
+
+
+def randomise(steering, scale=0.3):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in steering.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return steering
+
+
+INPUT = torch.arange(24).view(2, 12) + 3
+
+
+def expected_columns(positions, prompt, length):
+    "Which columns of one unpadded example are steered, written out by hand."
+    if positions == "all":
+        return list(range(length))
+    if positions == "prompt":
+        return list(range(prompt))
+    if positions == "completion":
+        return list(range(prompt, length))
+    first, last = {"last": (0, 1), "prefix:2": (2, 0), "suffix:3": (0, 3), "prefix:1+suffix:2": (1, 2)}[positions]
+    return sorted({i for i in range(prompt) if i < first or i >= prompt - last})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("site", ["block", "mlp", "attn", "heads"])
+@pytest.mark.parametrize("positions", EVERY_POSITIONS)
+def test_positions_in_a_padded_batch_equal_single_examples(positions, site, side):
+    "Labels, padding on either side: each row equals the example alone, steered by a plain hook at columns chosen by hand."
+    model, bare = tiny().double(), tiny().double()
+    steering = randomise(steer(model, SteeringConfig(site=site, rank=2, layers=[1], positions=positions)), 1)
+    adapter = steering.adapters[Site(1, site)]
+    examples = [(torch.tensor([5, 6, 7, 8, 9, 10, 11]), 4), (torch.tensor([12, 13, 14]), 2), (torch.tensor([15, 16, 17, 18]), 3)]
+    width = max(len(tokens) for tokens, _ in examples)
+    ids, mask, labels = (torch.full((3, width), value) for value in (0, 0, -100))
+    for row, (tokens, prompt) in enumerate(examples):
+        start = width - len(tokens) if side == "left" else 0
+        ids[row, start:start + len(tokens)], mask[row, start:start + len(tokens)] = tokens, 1
+        labels[row, start + prompt:start + len(tokens)] = tokens[prompt:]
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    batched = model(input_ids=ids, attention_mask=mask, labels=labels, position_ids=position_ids).logits
+
+    block = bare.model.layers[1]
+    for row, (tokens, prompt) in enumerate(examples):
+        chosen = torch.zeros(len(tokens), 1)
+        chosen[expected_columns(positions, prompt, len(tokens))] = 1
+        if site == "heads":
+            def change(module, args):
+                heads = args[0].unflatten(-1, (4, 8))
+                return (args[0] + chosen * adapter(heads).flatten(-2),)
+            handle = block.self_attn.o_proj.register_forward_pre_hook(change)
+        else:
+            module = {"block": block, "mlp": block.mlp, "attn": block.self_attn}[site]
+            def change(module, args, output):
+                h = output[0] if isinstance(output, tuple) else output
+                new = h + chosen * adapter(h)
+                return (new, *output[1:]) if isinstance(output, tuple) else new
+            handle = module.register_forward_hook(change)
+        alone = bare(tokens[None]).logits[0]
+        handle.remove()
+        real = batched[row][mask[row].bool()]
+        assert torch.allclose(real, alone, atol=1e-6)       # RMSNorm computes in float32, whatever the model's dtype
+
+
+@pytest.mark.parametrize("positions", EVERY_POSITIONS)
+def test_beam_search(positions):
+    "Beams share their prompt; a batch of two padded prompts gives what each gives alone."
+    model = tiny().double()
+    randomise(steer(model, SteeringConfig(positions=positions)), 1)
+    prompts = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([11, 12, 13])]
+    options = dict(num_beams=3, do_sample=False, max_new_tokens=5, eos_token_id=-1)
+    padded = torch.stack([torch.cat([torch.zeros(6 - len(p), dtype=torch.long), p]) for p in prompts])
+    together = model.generate(input_ids=padded, attention_mask=(padded != 0).long(), **options)[:, 6:]
+    alone = torch.cat([model.generate(input_ids=p[None], **options)[:, len(p):] for p in prompts])
+    assert torch.equal(together, alone)
+
+
+def test_generating_with_a_prompt_that_is_partly_cached():
+    "What is in the cache already counts as prompt."
+    model = tiny().double()
+    randomise(steer(model, SteeringConfig(positions="prompt")), 1)
+    whole = model.generate(input_ids=INPUT[:1], do_sample=False, max_new_tokens=4, eos_token_id=-1)
+    cache = model(INPUT[:1, :8], use_cache=True).past_key_values
+    resumed = model.generate(input_ids=INPUT[:1], past_key_values=cache, do_sample=False, max_new_tokens=4, eos_token_id=-1)
+    assert torch.equal(whole, resumed)
+
+
+def test_generate_is_forgotten_after_an_error():
+    model = tiny()
+    randomise(steer(model, SteeringConfig(positions="last")), 1)
+    before = model(INPUT).logits
+    with pytest.raises(Exception):
+        model.generate(input_ids=torch.tensor([[500]]), max_new_tokens=2)
+    assert torch.equal(model(INPUT).logits, before)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_compile_has_no_graph_break(positions):
+    model = tiny()
+    randomise(steer(model, SteeringConfig(positions=positions)))
+    expected = model(INPUT, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(INPUT, use_cache=False).logits, expected, atol=1e-5)      # other order of sums
+
+
+def test_autocast_and_half_precision():
+    model = tiny().bfloat16()
+    base = model(INPUT).logits
+    steering = steer(model, SteeringConfig())
+    assert torch.equal(model(INPUT).logits, base)
+    assert {p.dtype for p in steering.parameters()} == {torch.float32}
+    other = tiny()
+    trained = randomise(steer(other, SteeringConfig()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = other(INPUT, labels=INPUT).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained.parameters())
+
+
+def test_device_map(tmp_path):
+    "Accelerate's dispatch, with the weights on disk: the adapters live where the block computes."
+    tiny().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload").eval() \
+        if torch.cuda.is_available() else AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu").eval()
+    base = model(INPUT).logits
+    steering = steer(model, SteeringConfig(positions="last"))
+    assert torch.equal(model(INPUT).logits, base)
+    randomise(steering)
+    assert not torch.equal(model(INPUT).logits, base)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        tokens = torch.arange(8) + 3 + index
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def test_trainer_trains_and_its_checkpoint_keeps_the_steering(tmp_path):
+    model = tiny()
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    steer(model, SteeringConfig())
+    arguments = TrainingArguments(tmp_path, max_steps=4, save_steps=4, learning_rate=1e-2, report_to="none", use_cpu=True,
+                                  per_device_train_batch_size=4, disable_tqdm=True)
+    Trainer(model=model, args=arguments, train_dataset=Rows()).train()
+    model.eval()
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").eval()
+    for name, parameter in fresh.named_parameters():
+        assert torch.equal(parameter, base[name])
+    load_steering(fresh, tmp_path / "checkpoint-4")
+    assert torch.equal(fresh(INPUT).logits, model(INPUT).logits)
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith(".up"))
+
+
+def test_peft_does_not_adapt_the_adapters():
+    from peft import LoraConfig, get_peft_model
+    model = tiny()
+    steering = randomise(steer(model, SteeringConfig()))
+    expected = model(INPUT).logits
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert not any("steering" in name for name, _ in adapted.named_modules() if "lora" in name)
+    assert torch.equal(adapted(INPUT).logits, expected)
+    for parameter in steering.parameters():                 # PEFT freezes what it does not own
+        parameter.requires_grad_(True)
+    adapted(INPUT, labels=INPUT).loss.backward()
+    assert all(p.grad is not None for p in steering.parameters())
+
+
+def test_steering_a_peft_model_knows_the_prompt():
+    from peft import LoraConfig, get_peft_model
+    adapted = get_peft_model(tiny(), LoraConfig(r=2, target_modules="all-linear"))
+    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    randomise(steer(adapted, SteeringConfig(positions="last"), freeze=False), 1)
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad and ".steering." not in name} == trainable
+    bare = tiny()
+    randomise(steer(bare, SteeringConfig(positions="last")), 1)
+    assert torch.equal(adapted(input_ids=INPUT).logits, bare(INPUT).logits)     # a new LoRA changes nothing
+    options = dict(input_ids=INPUT, do_sample=False, max_new_tokens=4, eos_token_id=-1)
+    assert torch.equal(adapted.generate(**options), bare.generate(**options))
+
+
+def test_a_layer_of_streams():
+    "Hyper-connections carry four residual streams: positions still mean tokens."
+    from steer_nb.zoo import tiny_model
+    for model_type in ("deepseek_v4", "gemma3n_text"):
+        model = tiny_model(model_type)
+        base = model(INPUT[:, :4]).logits
+        randomise(steer(model, SteeringConfig(kind="vector", layers=[1], positions="last")), 1)
+        changed = (model(INPUT[:, :4]).logits != base).any(-1)
+        assert changed.tolist() == [[False, False, False, True]] * 2
+
+
+def test_order_of_several_steerings():
+    model = tiny()
+    first = steer(model, SteeringConfig(kind="vector", layers=[2]), name="first")
+    second = steer(model, SteeringConfig(kind="full", layers=[2]), name="second")
+    v = torch.randn(32)
+    first.adapters[Site(2, "block")].vector.data.copy_(v)
+    second.adapters[Site(2, "block")].matrix.data.copy_(torch.eye(32))
+    bare = tiny()
+    handle = bare.model.layers[2].register_forward_hook(lambda module, args, output: 2 * (output + v))
+    assert torch.allclose(model(INPUT).logits, bare(INPUT).logits, atol=1e-5)
+    handle.remove()
+    assert list(steerings(model)) == ["first", "second"]
+    first.remove()
+    second.remove()
+    assert torch.equal(model(INPUT).logits, bare(INPUT).logits)
+
+
+def test_saved_here_loaded_in_another_process(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    randomise(steer(model, SteeringConfig(kind="nonlinear", positions="suffix:3", site="heads", rank=2))).save(tmp_path / "steering")
+    torch.save(model(INPUT).logits, tmp_path / "logits.pt")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from steer_nb.steering import load_steering
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()
+load_steering(model, sys.argv[1] + "/steering")
+assert torch.equal(model(torch.arange(24).view(2, 12) + 3).logits, torch.load(sys.argv[1] + "/logits.pt"))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "steering").glob("*.json"))
+
+
+def test_a_failed_steer_leaves_no_trace():
+    model = tiny()
+    def state():
+        return [(path, sorted(vars(m)), list(m._forward_hooks), list(m._forward_pre_hooks), list(m._modules)) for path, m in model.named_modules()]
+    before = state()
+    for config in (SteeringConfig(rank=33), SteeringConfig(layers=[0, 7]), SteeringConfig(site="heads", rank=9)):
+        with pytest.raises(ValueError):
+            steer(model, config)
+    assert state() == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_stale_batch_is_refused():
+    model = tiny()
+    steer(model, SteeringConfig(positions="last"))
+    model(INPUT)
+    with pytest.raises(SteeringError, match="whole model"):
+        model.model(INPUT)
+
+
+def test_prompt_ends_nests_and_ends():
+    model = tiny()
+    randomise(steer(model, SteeringConfig(positions="completion")), 1)
+    base = model(INPUT).logits
+    with prompt_ends(model, 4):
+        outer = model(INPUT).logits
+        with prompt_ends(model, torch.tensor([12, 12])):
+            assert torch.equal(model(INPUT).logits, base)
+        assert torch.equal(model(INPUT).logits, outer) and not torch.equal(outer, base)
+    assert torch.equal(model(INPUT).logits, base)
+    twin = copy.deepcopy(model)
+    with prompt_ends(model, 4):
+        assert torch.equal(twin(INPUT).logits, base)
