@@ -26,12 +26,12 @@ def read(place: Place, value) -> torch.Tensor:
 
     Models with several residual streams have one more dimension. Raises `SiteError` if there is no tensor."""
     tensor = _first(value)
-    if place.heads: return tensor.unflatten(-1, (place.heads, -1))
+    if place.parts: return tensor.unflatten(-1, (place.parts, -1))
     return tensor if place.scale == 1 else tensor * place.scale
 
 def write(place: Place, value, tensor: torch.Tensor):
     "`value`, with the activation at `place` replaced by `tensor`."
-    if place.heads: tensor = tensor.flatten(-2)
+    if place.parts: tensor = tensor.flatten(-2)
     elif place.scale != 1: tensor = tensor / place.scale
     return type(value)((tensor, *value[1:])) if type(value) in (tuple, list) else tensor
 

@@ -9,6 +9,7 @@ __all__ = ['SITES', 'TOWERS', 'ROLES', 'POST_NORMS', 'SCALES', 'OUTPUT_PROJECTIO
 
 # %% ../nbs/00_sites.ipynb #966a2153
 import inspect
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -72,7 +73,8 @@ ROLES = {
     "inline": ("fc1", "fc2"),                            # an MLP without a module of its own
     "either": ("mixer", "temporal_block"),               # the class says what it is
     "branch": ("linear_attn", "mamba", "conv", "encoder_attn", "crossattention", "cross_attn", "intermediate",
-               "per_layer_input_gate", "per_layer_projection", "attn_hc", "ffn_hc"),   # known, and not a site
+               "per_layer_input_gate", "per_layer_projection", "attn_hc", "ffn_hc",
+               "attn_hyper_connection", "mlp_hyper_connection", "ple"),   # known, and not a site
 }
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 
@@ -83,16 +85,16 @@ def _parts(block: nn.Module) -> dict[str, list[str]]:
         kind, role = type(child).__name__, _ROLE.get(name, "unknown")
         if name == "steering" or not any(True for _ in child.parameters()): continue
         if role == "either": role = "attn" if "Attention" in kind else "mlp" if kind.endswith(("MLP", "MoE")) else "branch"
-        if "Norm" in kind or name in _POST_NORMS: role = "norm"
+        if re.search(r"Norm(1P|Gated)?$", kind) or name in _POST_NORMS: role = "norm"
         if isinstance(child, nn.ModuleList): role = "unknown"
         parts[role].append(name)
     return parts
 
 # %% ../nbs/00_sites.ipynb #9fba1b3e
-POST_NORMS = (   # after the attention, after the MLP: both are there, or neither is what it says
+POST_NORMS = (   # after the attention, after the MLP: both are there, or neither is what it says; the first match counts
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_attention_layernorm", "post_mlp_layernorm"),
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_norm1", "post_norm2"),
     ("post_operator_norm", "post_ffn_norm"),
     ("attn_sconv", "mlp_sconv"),
@@ -171,7 +173,9 @@ def _heads(block: nn.Module, name: str, config) -> tuple[str, nn.Module, int] | 
     return None
 
 # %% ../nbs/00_sites.ipynb #41945cb2
-LAYOUTS = {"altup": "streams first", "rel_attn": "sequence first"}   # a child that says how the block's tensors lie
+LAYOUTS = {   # a child that says how the block's tensors lie
+    "altup": "streams first", "rel_attn": "sequence first", "mlp_hyper_connection": "streams side by side",
+}
 
 @dataclass(frozen=True)
 class Place:
@@ -179,9 +183,9 @@ class Place:
     module: nn.Module        # whose input or output it is
     path: str                # of that module inside the block ("" is the block)
     side: str = "output"     # "output", or "input" for the heads
-    heads: int | None = None # how many heads lie side by side in the last dimension
+    parts: int | None = None # how many heads (or residual streams) lie side by side in the last dimension
     scale: float = 1.0       # what the block multiplies this output by before adding it to the stream
-    layout: str = "batch first"  # "batch first", "streams first" or "sequence first"
+    layout: str = "batch first"  # or one of `LAYOUTS`
 
 def _refuse(block: nn.Module, at: str, why: str) -> SiteError:
     "The error for a site that this block does not have."
@@ -210,7 +214,8 @@ def locate(model: nn.Module, site: Site, stack: nn.ModuleList | None = None) -> 
     why = _why_not(block, site.at)
     if why: raise _refuse(block, site.at, why)
     layout = next((layout for name, layout in LAYOUTS.items() if hasattr(block, name)), "batch first")
-    if site.at == "block": return Place(block, "", layout=layout)
+    if site.at == "block":
+        return Place(block, "", parts=block.mlp_hyper_connection.hc_count if layout == "streams side by side" else None, layout=layout)
     name = _parts(block)["mlp" if site.at == "mlp" else "attn"][0]
     if site.at == "heads":
         found = _heads(block, name, model.config.get_text_config(decoder=True))
@@ -224,7 +229,7 @@ def locate(model: nn.Module, site: Site, stack: nn.ModuleList | None = None) -> 
 # %% ../nbs/00_sites.ipynb #bb854f75
 def activation_shape(model: nn.Module, place: Place) -> tuple[int, ...]:
     "The shape of one token's activation there: (hidden,), or (heads, head_dim)."
-    return (place.heads, _inputs(place.module) // place.heads) if place.heads else (hidden_size(model),)
+    return (place.parts, _inputs(place.module) // place.parts) if place.side == "input" else (hidden_size(model),)
 
 # %% ../nbs/00_sites.ipynb #d1779cb6
 def available_sites(model: nn.Module) -> dict[str, tuple[int, ...]]:
