@@ -13,7 +13,7 @@ _ROOMS = {
     "zoo": ("tiny_model",),
     "assets": ("AssetError", "load_model"),
     "tasks": ("Example", "Task", "TaskError", "load_task"),
-    "train": ("Run", "TrainConfig", "fit"),
+    "train": ("Run", "TrainConfig", "TrainError", "fit"),
     "evaluate": ("Result",),        # `steer_nb.evaluate` is the module; the function is `steer_nb.evaluate.evaluate`
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

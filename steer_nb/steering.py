@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'CONFIG_FILE', 'TENSOR_FILE', 'SteeringError', 'position_mask', 'SteeringConfig', 'prompt_ends', 'steer',
-           'Steering', 'steerings', 'fingerprint', 'load_steering']
+           'Steering', 'save_steerings', 'steerings', 'fingerprint', 'load_steering']
 
 # %% ../nbs/03_steering.ipynb #e953bcf7
 import inspect
@@ -191,19 +191,18 @@ class _Steer(nn.Module):
     def __init__(self, adapter: Adapter, site: Site, place: Place, positions: str, batch: _Batch):
         super().__init__()
         self.adapter, self.site, self.positions, self.batch = adapter, site, positions, batch
-        self.place = replace(place, module=None)
+        self.place, self.scale = replace(place, module=None, scale=1.0), place.scale
         self.strength, self.enabled = 1.0, True
 
     def forward(self, value):
         "What the module was given or gave, with the activation in it shifted."
         if not self.enabled or self.strength == 0: return value
-        scale, place = self.place.scale, replace(self.place, scale=1.0)
-        h = read(place, value)
-        shift = self.adapter(h if scale == 1 else h * scale)
-        shifted = torch.add(h, shift.to(h.dtype), alpha=self.strength / scale)
+        h = read(self.place, value)
+        shift = self.adapter(h if self.scale == 1 else h * self.scale)       # in the units of the stream, and back again
+        shifted = torch.add(h, shift.to(h.dtype), alpha=self.strength / self.scale)
         if self.positions != "all":
-            shifted = torch.where(self.batch.mask(self.positions, h, place.layout), shifted, h)
-        return write(place, value, shifted)
+            shifted = torch.where(self.batch.mask(self.positions, h, self.place.layout), shifted, h)
+        return write(self.place, value, shifted)
 
 def _key(name: str) -> str:
     "The name of a steering's child module: a bare name could hide a method of `nn.Module`."
@@ -416,10 +415,7 @@ class Steering:
 
     def save(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
         "Write `steering_config.json` and `steering.safetensors`. Raises `SteeringError` if the folder has files already."
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-            raise SteeringError(f"{folder} exists already: choose another folder, or pass overwrite=True")
-        return _write([self], folder)
+        return _write([self], _free(folder, overwrite))
 
     def __repr__(self):
         config, layers = self.config, [site.layer for site in self.adapters]
@@ -428,7 +424,19 @@ class Steering:
         rank = f" rank {config.rank}" if config.kind in ("linear", "nonlinear") else ""
         state = "" if self.enabled and self.strength == 1 else f", strength {self.strength:g}" if self.enabled else ", disabled"
         return (f"Steering {self.name!r}: {config.kind}{rank} at {config.site!r}, {where}, positions {config.positions}, "
-                f"{self.num_parameters():,} parameters ({self.share:.3%}){state}")
+                f"{self.num_parameters():,} parameters ({100 * self.share:.2g} %){state}")
+
+def _free(folder: str | os.PathLike, overwrite: bool) -> Path:
+    "The folder, if it may be written to; `SteeringError` otherwise."
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise SteeringError(f"{folder} exists already: choose another folder, or pass overwrite=True")
+    return folder
+
+def save_steerings(model: nn.Module, folder: str | os.PathLike, overwrite: bool = False) -> Path:
+    "Write all the steerings of a model into one folder, as `Steering.save` does one."
+    if not steerings(model): raise SteeringError("the model is not steered: there is nothing to save")
+    return _write(list(steerings(model).values()), _free(folder, overwrite))
 
 def steerings(model: nn.Module) -> dict[str, Steering]:
     "The steerings on a model by name, in the order in which they were put on."

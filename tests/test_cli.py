@@ -1,0 +1,97 @@
+"The program as a user runs it: in a process of its own, on a real model and real data."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = [sys.executable, "-c", "from steer_nb.cli import main; main()"]
+
+
+def run(*words, cwd=None):
+    done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    "The demonstration, with fewer examples than a person would run it with."
+    folder = tmp_path_factory.mktemp("demo")
+    code, out, err = run("demo", "--n-train", 48, "--n-test", 40, "--epochs", 1, cwd=folder)
+    assert code == 0, err
+    return folder / "steer_nb_demo", out
+
+
+def test_the_demonstration_does_all_it_says(demonstration):
+    folder, out = demonstration
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"steering/steering.safetensors", "steering/steering_config.json", "run.json", "before.json", "after.json", "demo.png"}
+    before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["n"] == after["n"] == 40 and before["predictions"] != after["predictions"]
+    assert f"as it is: accuracy {before['accuracy']:.1%}" in out and f"{after['accuracy']:.1%}" in out
+    assert "every prediction is the same" in out and "276,480 parameters" in out and "strength 0:" in out and "strength 1:" in out
+    assert 1e6 < (folder / "steering/steering.safetensors").stat().st_size < 1.3e6
+    assert json.loads((folder / "run.json").read_text())["steps"] == 3
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert not any(str(folder) in path.read_text() for path in folder.rglob("*.json"))
+
+
+def test_the_saved_steering_works_from_the_command_line(demonstration):
+    folder, _ = demonstration
+    code, out, err = run("evaluate", "--steering", folder / "steering", "--n", 40, "--output", folder.parent / "again.json")
+    assert code == 0, err
+    again, after = json.loads((folder.parent / "again.json").read_text()), json.loads((folder / "after.json").read_text())
+    assert again["predictions"] == after["predictions"]
+    texts = {}
+    for strength in (0, 1):
+        code, texts[strength], err = run("generate", "Review: a joy to watch.\nSentiment:", "--steering", folder / "steering",
+                                         "--strength", strength, "--tokens", 4)
+        assert code == 0, err
+    code, plain, err = run("generate", "Review: a joy to watch.\nSentiment:", "--tokens", 4)
+    assert plain.strip() and plain.strip().splitlines()[-1] == texts[0].strip().splitlines()[-1] != texts[1].strip().splitlines()[-1]
+
+
+def test_train(tmp_path):
+    words = ("train", "--output", tmp_path / "run", "--n-train", 16, "--kind", "vector", "--site", "mlp", "--positions", "last")
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert (tmp_path / "run/steering/steering.safetensors").exists() and "17,280 parameters" in out
+    code, out, err = run(*words)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and "exists already" in err
+
+
+@pytest.mark.parametrize("words, code, says", [
+    (["evaluate", "--task", "sst3"], 1, "did you mean 'sst2'"),
+    (["evaluate", "--model", "smollm-135m"], 1, "smollm2-135m"),
+    (["evaluate", "--steering", "/nowhere"], 1, "no steering at /nowhere"),
+    (["evaluate", "--split", "tset"], 1, "test"),
+    (["train", "--output", "new", "--kind", "lineer"], 1, "did you mean 'linear'"),
+    (["train", "--output", "new", "--rank", "0"], 1, "rank"),
+    (["train", "--output", "new", "--lr", "-1"], 1, "lr"),
+    (["train"], 2, "--output"),
+    (["evaluate", "--n", "0"], 2, "--n"),
+    (["evaluate", "--n", "99999"], 1, "346"),
+    (["demos"], 2, "demos"),
+])
+def test_errors_are_one_line(words, code, says, tmp_path):
+    got, out, err = run(*words, cwd=tmp_path)
+    assert got == code and says in err and "Traceback" not in err
+    assert code == 2 or len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback():
+    code, out, err = run("--debug", "evaluate", "--task", "sst3")
+    assert code == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "generate", "models", "tasks"])
+def test_help_has_an_example(command):
+    code, out, err = run(command, "--help")
+    assert code == 0 and f"Example: steer_nb {command}" in " ".join(out.split())
+
+
+def test_help_loads_no_torch():
+    script = "import sys\nfrom steer_nb.cli import app\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
