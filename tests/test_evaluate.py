@@ -49,7 +49,7 @@ def larger(model: torch.nn.Module) -> torch.nn.Module:
 @torch.no_grad()
 def one_at_a_time(model, example: Example) -> torch.Tensor:
     "The scores of an example's choices, each from a forward pass of its own."
-    scores, options = [], {"use_cache": False} if module._accepts(model, "use_cache") else {}
+    scores, options = [], {"use_cache": False} if module.accepts(model, "use_cache") else {}
     for choice in encode_choices(TOKENIZER, example):
         log_probabilities = model(input_ids=torch.tensor([choice.input_ids]), **options).logits[0].float().log_softmax(-1)
         scores.append(sum(log_probabilities[place - 1, choice.input_ids[place]] for place in range(choice.prompt_length, len(choice.input_ids))))

@@ -139,16 +139,25 @@ def test_autocast_and_half_precision():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained.parameters())
 
 
-def test_device_map(tmp_path):
-    "Accelerate's dispatch, with the weights on disk: the adapters live where the block computes."
+def test_device_map_with_weights_on_disk(tmp_path):
+    "Accelerate's dispatch, one block's weights on disk: its adapter lives where the block computes, and is saved and loaded as ever."
     tiny().save_pretrained(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload").eval() \
-        if torch.cuda.is_available() else AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu").eval()
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={**places, "model.layers.1": "disk"},
+                                                 offload_folder=tmp_path / "offload").eval()
+    assert model.model.layers[1].mlp.down_proj.weight.is_meta
     base = model(INPUT).logits
-    steering = steer(model, SteeringConfig(positions="last"))
-    assert torch.equal(model(INPUT).logits, base)
+    steering = steer(model, SteeringConfig(positions="last", site="mlp"))
+    assert torch.equal(model(INPUT).logits, base) and {p.device.type for p in steering.parameters()} == {"cpu"}
     randomise(steering)
-    assert not torch.equal(model(INPUT).logits, base)
+    steered = model(INPUT).logits
+    assert (steered != base).any(-1).tolist() == [[False] * 11 + [True]] * 2
+    steering.save(tmp_path / "steering")
+    steering.remove()
+    assert torch.equal(model(INPUT).logits, base)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    load_steering(whole, tmp_path / "steering")
+    assert torch.allclose(whole(INPUT).logits, steered, atol=1e-6)        # the same float32 arithmetic, by another road
 
 
 class Rows(torch.utils.data.Dataset):
