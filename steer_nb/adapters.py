@@ -99,8 +99,8 @@ class AdapterError(ValueError):
 
 def check_adapter(kind: str, rank: int, activation: str) -> None:
     "Raise `AdapterError`, naming what there is, unless the three can make an adapter."
-    if kind not in KINDS: raise AdapterError(f"no kind {kind!r}: kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
-    if activation not in ACTIVATIONS:
+    if kind not in tuple(KINDS): raise AdapterError(f"no kind {kind!r}: kinds are {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    if activation not in tuple(ACTIVATIONS):
         raise AdapterError(f"no activation {activation!r}: activations are {', '.join(ACTIVATIONS)}{nearest(activation, ACTIVATIONS)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"the rank is a whole number from 1, not {rank!r}")

@@ -140,14 +140,15 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     model: ModelName = "smollm2-135m",
     steering: SteeringFolder = None,
-    strength: Annotated[float, typer.Option(help="What the shifts are multiplied by: 1 as trained, 0 off, negative against.")] = 1.0,
+    strength: Annotated[float | None, typer.Option(help="What the shifts are multiplied by: 1 as trained, 0 off, negative against.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 40,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
 ):
     "What a model writes, with or without a steering: the likeliest token each time."
     from steer_nb.steering import steerings
     loaded, tokenizer = _steered(model, steering)
-    for handle in steerings(loaded).values(): handle.strength = strength
+    if strength is not None and steering is None: raise ValueError("--strength needs --steering: there is nothing to multiply")
+    for handle in steerings(loaded).values() if strength is not None else (): handle.strength = strength
     typer.echo(_write(loaded, tokenizer, prompt, tokens, chat))
 
 def _write(model, tokenizer, prompt: str, tokens: int, chat: bool = False) -> str:

@@ -56,6 +56,8 @@ def _hooked(steps: Sequence[tuple[Place, Callable]]):
 # %% ../nbs/01_hooks.ipynb #378748e8
 def _wanted(model: nn.Module, at: str | Sequence[str], layers: Sequence[int] | None) -> dict[Site, Place]:
     "The places meant by `at` and `layers`; without `layers`, every layer that has the site."
+    if layers is not None and (isinstance(layers, (int, str)) or not len(layers)):
+        raise SiteError(f"layers is a list of layer numbers, not {layers!r}")
     stack, found = blocks(model), {}
     for kind in (at,) if isinstance(at, str) else tuple(at):
         check_place(kind)
@@ -79,15 +81,19 @@ def capture(
     """A dict of `Site` to activation, filled by each forward pass inside the `with` block (the latest pass wins).
 
     Shapes: (batch, seq, hidden) at `block`, `mlp` and `attn`; (batch, seq, heads, head_dim) at `heads`. With a mask as
-    `positions`, batch and seq become one dimension, (tokens, …). Raises `SiteError` for a site that the model lacks."""
+    `positions`, batch and seq become one dimension, (tokens, …). XLNet's come as (seq, batch, hidden), Gemma 3n's streams first. Raises `SiteError` for a site that the model lacks."""
     acts: dict[Site, torch.Tensor] = {}
-    def keep(site):
+    def keep(site, layout):
+        axis = {"sequence first": 0, "streams first": 2}.get(layout, 1)           # of the columns
         def step(tensor):
-            if isinstance(positions, torch.Tensor) and positions.dtype == torch.bool: tensor = tensor[positions.to(tensor.device)]
-            elif positions is not None: tensor = tensor[:, [positions] if isinstance(positions, int) else positions]
+            if isinstance(positions, torch.Tensor) and positions.dtype == torch.bool:
+                mask = positions.to(tensor.device)
+                tensor = (tensor.transpose(0, 1) if axis == 0 else tensor.movedim(0, 2) if axis == 2 else tensor)[mask]
+            elif positions is not None:
+                tensor = tensor[(slice(None),) * axis + ([positions] if isinstance(positions, int) else positions,)]
             acts[site] = (tensor.detach() if detach else tensor).clone().to(device or tensor.device)
         return step
-    with _hooked([(place, keep(site)) for site, place in _wanted(model, at, layers).items()]): yield acts
+    with _hooked([(place, keep(site, place.layout)) for site, place in _wanted(model, at, layers).items()]): yield acts
 
 # %% ../nbs/01_hooks.ipynb #3e864621
 @contextmanager
@@ -107,5 +113,7 @@ def edit(
             got = tuple(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
             raise ValueError(f"the edit at {site} must return a tensor of shape {tuple(tensor.shape)}, not {got}")
         return step
+    for site in edits:
+        if not isinstance(site, Site): raise SiteError(f"edits go by Site(layer, at), not by {site!r}")
     stack = blocks(model)
     with _hooked([(locate(model, site, stack), checked(site, change)) for site, change in edits.items()]): yield

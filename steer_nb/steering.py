@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -95,6 +96,8 @@ class _Batch:
         self.needed: set[str] = set()      # the positions in use, apart from "all"
         self.masks: dict[str, torch.Tensor] = {}     # for each of them, (batch, new tokens) bool
         self.running = False
+        self.pending: dict[str, torch.Tensor] = {}   # masks of the passes whose backward pass is to come
+        self.used, self.mixed = True, False          # whether it has begun; whether those passes had different masks
         self.ends = None                   # set by `prompt_ends`
         self.prompt = None                 # in `generate`: the prompt's length and its attention mask
         self.total = 0                     # columns seen so far in this `generate`
@@ -108,7 +111,15 @@ class _Batch:
         real = self._real(given.get("attention_mask"), batch, tokens.device)
         ends = self._ends(given.get("labels"), cached, batch, tokens.device)
         self.masks = {positions: position_mask(positions, real, ends)[:, cached:] for positions in self.needed}
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling(): self._remember()
         self.running = True
+
+    def _remember(self) -> None:
+        "Keep the masks for gradient checkpointing, which computes inner sites again during the backward pass."
+        same = self.pending.keys() == self.masks.keys() and all(
+            self.pending[key].shape == mask.shape and torch.equal(self.pending[key], mask) for key, mask in self.masks.items())
+        self.mixed = not self.used and (self.mixed or not same)
+        self.pending, self.used = self.masks, False
 
     def _cached(self, given: dict, new: int) -> int:
         "How many columns came before this forward pass."
@@ -139,7 +150,11 @@ class _Batch:
 
     def mask(self, positions: str, h: torch.Tensor, layout: str) -> torch.Tensor:
         "The mask for these positions, shaped to go with an activation. `SteeringError` if it belongs to another pass."
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        recomputing = not self.running and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if recomputing:
+            self.masks, self.used = self.pending, True
+            if self.mixed: raise SteeringError(f"positions={positions!r} under gradient checkpointing: call backward after each forward pass, "
+                                               "for passes with different prompts are waiting for theirs")
         if positions not in self.masks or not (self.running or recomputing):
             raise SteeringError(f"positions={positions!r} need the forward pass of the whole model: call the object that was steered, "
                                 "not a part of it (with PEFT, steer the PeftModel)")
@@ -156,7 +171,8 @@ class _Batch:
 def _see_batch(model, args, kwargs):
     "Before a forward pass of the whole model."
     registry = model._steer_nb
-    registry.batch.see({**dict(zip(registry.arguments[type(model).__name__], args)), **kwargs})
+    names = next(registry.arguments[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in registry.arguments)   # FSDP renames
+    registry.batch.see({**dict(zip(names, args)), **kwargs})
 
 def _forget_batch(model, args, output):
     "After it, also if it failed."
@@ -229,6 +245,7 @@ class _Registry:
         self.configs: dict[str, SteeringConfig] = {}
         self.arguments: dict[str, tuple[str, ...]] = {}    # of forward, in order, for each class in `_callers`
         self.frozen: list[str] = []        # names of parameters that had requires_grad before
+        self.freezers: set[str] = set()    # the steerings that asked for a frozen base
         self.batch = _Batch()
 
 def _registry(model: nn.Module) -> _Registry | None:
@@ -288,6 +305,7 @@ def _attach(model: nn.Module, name: str, config: SteeringConfig, built: list, fr
         if hasattr(model, "save_pretrained"): model.save_pretrained = partial(_save_pretrained, model)
     registry = model._steer_nb
     if freeze:
+        registry.freezers.add(name)
         adapters = {id(p) for module in model.modules() if isinstance(module, _Steered) for p in module.parameters()}
         for path, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) not in adapters:
@@ -340,7 +358,7 @@ def steer(
 # %% ../nbs/03_steering.ipynb #ea764269
 def _check_strength(value) -> float:
     "`value` as a float, if it is a finite number; `SteeringError` otherwise."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise SteeringError(f"the strength is a finite number, not {value!r}")
     return float(value)
 
@@ -458,14 +476,17 @@ def _detach(model: nn.Module, name: str) -> None:
             del module.steering
             _drop_hooks(module, _steer_output)
     del registry.configs[name]
+    registry.freezers.discard(name)
+    if not registry.freezers:
+        parameters = dict(root.named_parameters())
+        for path in registry.frozen:
+            if path in parameters: parameters[path].requires_grad_(True)
+        registry.frozen.clear()
     registry.batch.needed = {config.positions for config in registry.configs.values()} - {"all"}
     if not registry.batch.needed:
         for caller in callers: _drop_hooks(caller, _see_batch, _forget_batch)
         vars(root).pop("generate", None)
     if not registry.configs:
-        parameters = dict(root.named_parameters())
-        for path in registry.frozen:
-            if path in parameters: parameters[path].requires_grad_(True)
         vars(root).pop("save_pretrained", None)
         for caller in callers: del caller._steer_nb
 
@@ -498,11 +519,13 @@ def _differences(found: dict, expected: dict) -> list[str]:
     "How the base model differs from the one that a steering was made for, in words."
     differences = [f"{key} is {found[key]!r}, not {expected[key]!r}" for key in ("model_type", "hidden_size", "layers") if found[key] != expected[key]]
     if differences: return differences
+    if set(expected["fingerprint"]) != set(found["fingerprint"]): raise KeyError("fingerprint")
     for part, values in expected["fingerprint"].items():
-        here = found["fingerprint"].get(part)
+        here = found["fingerprint"][part]
         if values is None or here is None: continue
+        if len(values) != len(here): raise KeyError(part)
         size = sum(map(abs, values)) / len(values)
-        if any(abs(a - b) > abs(b) / 128 + size / 1000 for a, b in zip(here, values)):       # bfloat16 keeps 8 bits
+        if not all(abs(a - b) <= abs(b) / 128 + size / 1000 for a, b in zip(here, values)):  # bfloat16 keeps 8 bits
             differences.append(f"the weights of its {part} are others")
     return differences
 
@@ -514,14 +537,14 @@ def _write(steerings_: list[Steering], folder: Path) -> Path:
         described[steering.name] = {**asdict(steering.config), "strength": steering.strength}
         for site, adapter in steering.adapters.items():
             for part, parameter in adapter.named_parameters():
-                tensors[f"{steering.name}.{site.layer}.{part}"] = parameter.detach().cpu().contiguous()
+                tensors[f"{steering.name}.{site.layer}.{part}"] = parameter.detach().cpu().to(torch.promote_types(parameter.dtype, torch.float32)).contiguous()
     content = {"schema": SCHEMA, "base": _base(steerings_[0].model), "steerings": described}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"{TENSOR_FILE}.part")
         (folder / f"{CONFIG_FILE}.part").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for name in (TENSOR_FILE, CONFIG_FILE): os.replace(folder / f"{name}.part", folder / name)
-    except OSError as error: raise SteeringError(f"cannot write the steering to {folder}: {error}") from error
+    except (OSError, SafetensorError) as error: raise SteeringError(f"cannot write the steering to {folder}: {error}") from error
     return folder
 
 def _save_pretrained(model, save_directory, *args, state_dict=None, **kwargs):
@@ -543,7 +566,7 @@ def _read_config(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, SteeringError): raise
         raise SteeringError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("schema"), int): raise SteeringError(f"{path} is not a steering config: it has no schema number")
+    if not isinstance(content, dict) or type(content.get("schema")) is not int or content["schema"] < 1: raise SteeringError(f"{path} is not a steering config: it has no schema number")
     if content["schema"] > SCHEMA:
         raise SteeringError(f"{path} has schema {content['schema']}, and this version of steer_nb reads up to {SCHEMA}: update steer_nb")
     _same_keys(path, "", content, {"schema", "base", "steerings"})

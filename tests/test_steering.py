@@ -289,3 +289,50 @@ def test_prompt_ends_nests_and_ends():
     twin = copy.deepcopy(model)
     with prompt_ends(model, 4):
         assert torch.equal(twin(INPUT).logits, base)
+
+
+def test_checkpointing_uses_the_masks_of_its_own_pass():
+    "Inner sites are computed again in the backward pass, with the positions of the pass that it belongs to."
+    early, late = INPUT.clone(), INPUT.clone()
+    early[:, :2], late[:, :5] = -100, -100
+
+    def gradients(checkpointing):
+        model = tiny().train()
+        steering = randomise(steer(model, SteeringConfig(kind="vector", site="mlp", positions="prompt")))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(INPUT, labels=early).loss
+        with torch.no_grad():
+            model(INPUT, labels=late)
+        loss.backward()
+        return model, torch.cat([p.grad for p in steering.parameters()])
+
+    model, again = gradients(True)
+    assert torch.allclose(gradients(False)[1], again, atol=1e-6)
+    with pytest.raises(SteeringError, match="backward"):
+        (model(INPUT, labels=early).loss + model(INPUT, labels=late).loss).backward()
+
+
+def test_a_steering_cast_with_its_model_can_still_be_loaded(tmp_path):
+    model = tiny()
+    steering = randomise(steer(model, SteeringConfig()))
+    model.to(torch.bfloat16)
+    steering.save(tmp_path / "cast")
+    load_steering(tiny(), tmp_path / "cast")
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "gemma3n_text", "llama"])
+def test_capture_keeps_columns_whatever_the_layout(model_type):
+    from steer_nb.hooks import capture
+    from steer_nb.zoo import tiny_model
+    model, site, ids = tiny_model(model_type), Site(0, "block"), INPUT[:, :6]
+    axis = {"xlnet": 0, "gemma3n_text": 2}.get(model_type, 1)
+    with torch.no_grad(), capture(model) as whole, capture(model, positions=-1) as last:
+        model(input_ids=ids)
+    assert torch.equal(last[site], whole[site].narrow(axis, 5, 1))
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 3] = True
+    with torch.no_grad(), capture(model, positions=mask) as one:
+        model(input_ids=ids)
+    token = {"xlnet": lambda h: h[3, 1], "gemma3n_text": lambda h: h[:, 1, 3]}.get(model_type, lambda h: h[1, 3])(whole[site])
+    assert torch.equal(one[site][0], token)
