@@ -197,7 +197,7 @@ def demo(
     after = score(loaded, tokenizer, examples)
     typer.echo(f"4. steered, after {epochs} passes in {run.seconds['training']:.0f} seconds: {_percent(after)}")
     for name, result in (("before", before), ("after", after)): result.save(output / f"{name}.json", overwrite=overwrite)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2), layout="constrained")
     plot_curve(run, left)
     plot_accuracy({"as it is": before, "steered": after}, right)
     figure.savefig(output / "demo.png", dpi=150, bbox_inches="tight")

@@ -43,6 +43,7 @@ def plot_accuracy(
         ax.plot(result.accuracy, row, "o", color=f"C{row}")
         ax.annotate(f"{result.accuracy:.3f}", (result.accuracy, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     ax.set(yticks=range(len(results)), yticklabels=list(results), ylim=(len(results) - 0.4, -0.7))
+    ax.locator_params(axis="x", nbins=5)
     first = next(iter(results.values()))
     ax.set_xlabel(f"accuracy on {first.task} ({first.split}, n = {first.n})")
     return ax
