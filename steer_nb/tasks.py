@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARES', 'OPERATORS', 'TASKS', 'LISTOPS_SIZES', 'TaskError', 'Example', 'Task', 'listops_value', 'ListOps', 'HubData',
            'TaskRow', 'load_task', 'Encoded', 'encode_prompt', 'encode', 'encode_choices', 'pad_batch', 'collate',
-           'length_grouped_batches']
+           'length_grouped_batches', 'task_batches']
 
 # %% ../nbs/21_tasks.ipynb #251362e7
 import difflib
@@ -588,3 +588,17 @@ def length_grouped_batches(
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     random.Random(seed).shuffle(batches)
     return batches
+
+# %% ../nbs/21_tasks.ipynb #6c3f20ea
+def task_batches(
+    tokenizer,
+    examples: Sequence[Example],     # a split of a task
+    batch_size: int = 16,
+    chat: bool = False,              # the task's
+    device: str | torch.device = "cpu",
+) -> list[dict[str, torch.Tensor]]:
+    "The examples with their completions as `collate` makes them, longest first; `TaskError` if there are none."
+    if not examples: raise TaskError("there are no examples to make batches of")
+    encoded = sorted((encode(tokenizer, example, chat) for example in examples), key=lambda one: len(one.input_ids), reverse=True)
+    groups = [encoded[start:start + batch_size] for start in range(0, len(encoded), batch_size)]
+    return [{name: tensor.to(device) for name, tensor in collate(tokenizer, group).items()} for group in groups]

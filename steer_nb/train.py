@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'SCHEMA', 'RUN_FILE', 'TENSOR_FILE', 'STEERING_FOLDER', 'TrainError', 'TrainConfig',
-           'learning_rates', 'accepts', 'logits_at', 'completion_loss', 'context_length', 'Run', 'draw_curve', 'fit']
+           'learning_rates', 'accepts', 'logits_at', 'completion_loss', 'context_length', 'Run', 'draw_curve', 'fit',
+           'tuned_copy']
 
 # %% ../nbs/22_train.ipynb #414f859c
 import inspect
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -36,8 +38,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from . import __version__
+from .assets import _keep, _workshop, cache_folder, load_model
 from .sites import nearest
-from .steering import prompt_ends, save_steerings, steerings
+from .steering import fingerprint, prompt_ends, save_steerings, steerings
 from .tasks import Encoded, Task, collate, encode, length_grouped_batches
 
 # %% ../nbs/22_train.ipynb #382395eb
@@ -523,3 +526,40 @@ def fit(
     if folder is not None and accelerator.is_main_process: _write_output(run, model, folder)
     accelerator.wait_for_everyone()
     return run
+
+# %% ../nbs/22_train.ipynb #d40feb91
+def _lora(model: nn.Module, rank: int) -> nn.Module:
+    "The model with PEFT's LoRA (arXiv 2106.09685) on all its linear layers."
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+def tuned_copy(
+    task: Task,                             # what to tune on: its training and validation examples
+    config: TrainConfig,
+    name: str = "smollm2-135m",             # as in `load_model`
+    method: str = "full",                   # "full": all weights; "lora": PEFT's LoRA on all linear layers
+    rank: int = 8,                          # of LoRA
+) -> tuple[nn.Module, "PreTrainedTokenizerBase"]:
+    """The model tuned on the task, and its tokenizer; trained the first time, read from the cache afterwards.
+
+    LoRA comes back as a `PeftModel`. Raises `TrainError` for another method, and what `load_model` and `fit` raise."""
+    if method not in ("full", "lora"): raise TrainError(f"no method {method!r}: a copy is tuned by 'full' or 'lora'{nearest(method, ('full', 'lora'))}")
+    model, tokenizer = load_model(name)
+    recipe = {"name": name, "base": fingerprint(model), "task": task.fingerprint, "config": asdict(config), "method": method,
+              **({"rank": rank} if method == "lora" else {})}
+    kept = cache_folder() / "tuned" / f"{Path(name).name}-{task.name}-{method}-{sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"
+    if not kept.exists():
+        with _workshop(kept.name) as folder:
+            if not kept.exists():                        # another process may have made it meanwhile
+                torch.manual_seed(config.seed)           # of LoRA's start
+                trained = _lora(model, rank) if method == "lora" else model.requires_grad_(True)
+                run = fit(trained, tokenizer, task, config)
+                trained.save_pretrained(folder / "copy")
+                run.save(folder / "copy" / RUN_FILE)
+                (folder / "copy" / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+                _keep(folder / "copy", kept)
+    model, _ = load_model(name)
+    if method == "lora":
+        from peft import PeftModel
+        return PeftModel.from_pretrained(model, kept).eval(), tokenizer
+    return type(model).from_pretrained(kept, dtype=model.dtype).to(model.device).eval(), tokenizer
