@@ -11,6 +11,8 @@ _ROOMS = {
     "adapters": ("Adapter", "make_adapter", "adapter_size"),
     "steering": ("Steering", "SteeringConfig", "SteeringError", "load_steering", "prompt_ends", "steer", "steerings"),
     "zoo": ("tiny_model",),
+    "oracle": ("OracleError", "OracleFit", "error_growth", "fit_oracle", "logit_divergence", "oracle_divergence", "oracle_shifts",
+               "shift_profile", "shifted"),
     "assets": ("AssetError", "load_model"),
     "tasks": ("Example", "Task", "TaskError", "load_task"),
     "train": ("Run", "TrainConfig", "TrainError", "fit"),
