@@ -722,7 +722,7 @@ def _leading(gradient: torch.Tensor, rank: int) -> Directions:
     else:
         with torch.random.fork_rng([gradient.device] if gradient.is_cuda else []):
             torch.manual_seed(0)
-            up, values, right = torch.svd_lowrank(gradient, q=min(2 * rank + 8, gradient.shape[0]), niter=6)
+            up, values, right = torch.svd_lowrank(gradient.float(), q=min(rank + 16, gradient.shape[0]), niter=4)
             down = right.mT
     return Directions(up[..., :rank].float(), values[..., :rank].float(), down[..., :rank, :].float(), total)
 
