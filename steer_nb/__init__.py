@@ -11,11 +11,13 @@ _ROOMS = {
     "adapters": ("Adapter", "make_adapter", "adapter_size"),
     "steering": ("Steering", "SteeringConfig", "SteeringError", "load_steering", "prompt_ends", "steer", "steerings"),
     "zoo": ("tiny_model",),
+    "equivalence": ("EquivalenceError", "Shifts", "SiteScores", "block_shift", "equivalent_shifts", "first_order_logits", "first_order_share",
+                    "glu_shift", "mlp_share", "order_of_error", "pre_mlp_reach", "site_scores", "update_between", "update_from_lora"),
     "oracle": ("OracleError", "OracleFit", "error_growth", "fit_oracle", "logit_divergence", "oracle_divergence", "oracle_shifts",
                "shift_profile", "shifted"),
     "assets": ("AssetError", "load_model"),
-    "tasks": ("Example", "Task", "TaskError", "load_task"),
-    "train": ("Run", "TrainConfig", "TrainError", "fit"),
+    "tasks": ("Example", "Task", "TaskError", "load_task", "task_batches"),
+    "train": ("Run", "TrainConfig", "TrainError", "fit", "tuned_copy"),
     "evaluate": ("Result",),        # `steer_nb.evaluate` is the module; the function is `steer_nb.evaluate.evaluate`
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GLU_NAMES', 'ACTIVATION_NAMES', 'FINITE', 'EquivalenceError', 'GluShift', 'glu_shift', 'Update', 'update_between',
            'update_from_lora', 'real_tokens', 'Shifts', 'equivalent_shifts', 'block_shift', 'first_order_logits',
-           'OrderOfError', 'draw_order', 'order_of_error', 'mlp_jacobian', 'Reach', 'pre_mlp_reach', 'mlp_share']
+           'OrderOfError', 'draw_order', 'order_of_error', 'mlp_jacobian', 'Reach', 'pre_mlp_reach', 'mlp_share',
+           'FirstOrderShare', 'first_order_share', 'Directions', 'SiteScores', 'draw_scores', 'site_scores']
 
 # %% ../nbs/10_equivalence.ipynb #6bdb7e93
 import inspect
@@ -294,7 +295,7 @@ def _no_forward_mode(error: Exception) -> bool:
 
 def _derivative(
     run: Callable[[Callable], dict],     # computes tensors by key, with parameters p moved along t by what it is given: move(p, t)
-    step: float,                         # for finite differences, if it comes to that
+    step: Callable[[], float],           # for finite differences, if it comes to that
 ) -> tuple[dict, str]:
     "The directional derivative of each tensor, and how it was found: 'jvp', or finite differences where an operation has no rule."
     try:
@@ -305,11 +306,11 @@ def _derivative(
         if not _no_forward_mode(error): raise
         why = " ".join(str(error).split())[:120]
     warnings.warn(f"an operation of this model has no forward-mode derivative ({why}): finite differences are used instead", stacklevel=3)
-    total: dict = {}
+    total, size = {}, step()
     with torch.no_grad():
         for times, weight in _STEPS:
-            for key, value in run(lambda p, t: p + times * step * t).items():
-                total[key] = total.get(key, 0) + weight / step * value
+            for key, value in run(lambda p, t: p + times * size * t).items():
+                total[key] = total.get(key, 0) + weight / size * value
     return total, FINITE
 
 # %% ../nbs/10_equivalence.ipynb #5c3d1065
@@ -396,10 +397,16 @@ def equivalent_shifts(
             if not dual and not kept:
                 with _moved(model, changes(lambda p, t: p)): _blocks_held(model, inputs, sites, lambda layer, h: kept.setdefault(layer, h))
             with _moved(model, changes(move)): return _blocks_held(model, inputs, sites, lambda layer, h: h if dual else kept[layer])
-        found, method = _derivative(run, _step(model, inside) if len(inside) else 1.0)
+        found, method = _derivative(run, lambda: _step(model, inside))
+    _check_finite(found, "the shift")
     shifts = Shifts(found)
     shifts.method, shifts.outside = method, outside
     return shifts
+
+def _check_finite(tensors: Mapping[Site, torch.Tensor], what: str) -> None:
+    "Raise `EquivalenceError` for the first site, bottom to top, whose tensor has a value that is not finite."
+    for site in sorted(tensors):
+        if not tensors[site].isfinite().all(): raise EquivalenceError(f"{what} is not finite at layer {site.layer}, {site.at!r}")
 
 def _sites(model: nn.Module, at: str, layers: Sequence[int] | None) -> list[Site]:
     "The sites meant; `SiteError` if one is missing, or all are."
@@ -454,9 +461,7 @@ def first_order_logits(
         def run(move):
             edits = {site: shifted(shift, move) for site, shift in update_or_shifts.items()} if by_site else {}
             with _moved(model, changes(move)), edit(model, edits): return {"logits": model(**inputs).logits}
-        if by_site: step = 5e-3
-        else: step = _step(model, update_or_shifts)
-        found, method = _derivative(run, step)
+        found, method = _derivative(run, lambda: 5e-3 if by_site else _step(model, update_or_shifts))
     found["logits"].method = method
     return found["logits"]
 
@@ -583,3 +588,182 @@ def mlp_share(
             sums[site.layer] = sums.get(site.layer, 0.0) + float(share.sum())
     if not count: raise EquivalenceError("there are no batches")
     return {layer: total / count for layer, total in sorted(sums.items())}
+
+# %% ../nbs/10_equivalence.ipynb #612c24c5
+@dataclass(frozen=True, repr=False)
+class FirstOrderShare:
+    "How much of a true change of the logits first order explains."
+    rows: tuple[dict, ...]        # layers ("all" or a number), scale, share, cosine (of true and first-order change), size (‖true change‖)
+
+    def frame(self):
+        "The rows as a pandas table."
+        import pandas as pd
+        return pd.DataFrame(list(self.rows))
+
+    def __repr__(self): return f"FirstOrderShare({len(self.rows)} rows)"
+    def _repr_html_(self): return self.frame().to_html(index=False, float_format="{:.3g}".format)
+
+def first_order_share(
+    model: nn.Module,
+    update: Mapping[str, torch.Tensor],
+    batch: Mapping[str, torch.Tensor],
+    scales: Sequence[float] = (1.0,),     # sizes to try: 1 is the update as it is
+    by_layer: bool = False,               # True: each layer's part of the update alone, instead of all of it
+    dtype: torch.dtype | None = None,
+) -> FirstOrderShare:
+    "The share of the true logit change that the first-order one explains, by size and layer. Errors as `equivalent_shifts`."
+    owner = _layers_of(model)
+    groups = {"all": update}
+    if by_layer: groups = {layer: _only(update, (n for n in update if owner.get(n) == layer)) for layer in sorted({owner.get(n) for n in update} - {None})}
+    real, rows = real_tokens(batch), []
+    def logits(part, scale):
+        with _ready(model, batch) as inputs, torch.no_grad(), _moved(model, _tangents(model, part, dtype)(lambda p, t: p + scale * t)):
+            return model(**inputs).logits
+    base = logits(_only(update, ()), 0.0)
+    for name, part in groups.items():
+        first = _centred(first_order_logits(model, part, batch, dtype), real)
+        for scale in scales:
+            true = _centred(logits(part, scale) - base, real)
+            share = 1 - ((true - scale * first).norm() / true.norm()) ** 2
+            cosine = (true * first).sum() / (true.norm() * first.norm())
+            rows.append({"layers": name, "scale": scale, "share": float(share), "cosine": float(cosine), "size": float(true.norm())})
+    return FirstOrderShare(tuple(rows))
+
+def _centred(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    "Real tokens' logits without their mean over the vocabulary."
+    logits = logits[real.to(logits.device)].double()
+    return logits - logits.mean(dim=-1, keepdim=True)
+
+# %% ../nbs/10_equivalence.ipynb #cb9ebf55
+@dataclass(frozen=True)
+class Directions:
+    "The leading singular vectors of G = Σ g hᵀ at one site. At `heads` each has one more dimension in front: the heads."
+    up: torch.Tensor        # (hidden, rank): the directions that the loss wants to move along
+    values: torch.Tensor    # (rank,): σ, in units of the loss
+    down: torch.Tensor      # (rank, hidden): what of the activation says how far; orthonormal rows
+    total: float            # ‖G‖_F: the score of a full-rank step
+
+    @property
+    def score(self) -> float:
+        "The first-order decrease of the loss by the best step with ‖M‖_F = 1 of this rank (T11)."
+        return float(self.values.square().sum().sqrt())
+
+@dataclass(frozen=True, repr=False)
+class SiteScores:
+    "What a linear adapter could gain at first order, by site (T11)."
+    rank: int
+    directions: dict[Site, Directions]
+    tokens: int                            # real tokens that were seen
+
+    def __getitem__(self, site: Site) -> float: return self.directions[site].score
+
+    @property
+    def reading(self) -> dict[Site, torch.Tensor]:
+        "The rows that D would start from, by site: what `steer(…, scores=…)` uses with `init='gradient'`."
+        return {site: found.down for site, found in self.directions.items()}
+
+    def best(self, count: int = 1) -> list[Site]:
+        "The sites with the highest scores, best first."
+        return sorted(self.directions, key=self.__getitem__, reverse=True)[:count]
+
+    def frame(self):
+        "A pandas table: layer, site, score, and the share of a full-rank step's score that this rank has."
+        import pandas as pd
+        return pd.DataFrame([{"layer": site.layer, "site": site.at, "score": found.score, "of full rank": found.score / found.total if found.total else 0.0}
+                             for site, found in self.directions.items()])
+
+    def __repr__(self): return f"SiteScores(rank {self.rank}, {len(self.directions)} sites, {self.tokens:,} tokens, best {self.best()[0]})"
+    def _repr_html_(self): return _picture(lambda axes: draw_scores(self, axes), (1.5 + 0.25 * len({site.layer for site in self.directions}), 1.6))
+
+def draw_scores(scores: SiteScores, axes) -> None:
+    "A heat map: sites by layers."
+    rows, layers = list(dict.fromkeys(site.at for site in scores.directions)), sorted({site.layer for site in scores.directions})
+    table = [[scores[Site(layer, at)] if Site(layer, at) in scores.directions else math.nan for layer in layers] for at in rows]
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0)
+    axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="layer")
+    axes.set_xticks(range(0, len(layers), max(1, len(layers) // 10)), layers[::max(1, len(layers) // 10)])
+    axes.figure.colorbar(image, ax=axes, label="loss decrease")
+
+# %% ../nbs/10_equivalence.ipynb #365e7ee7
+@contextmanager
+def _watched(model: nn.Module, sites: Sequence[Site], seen: dict) -> Iterator[None]:
+    "While this is open, a forward pass puts the activation at each site into `seen`, on the graph, and starts the graph where there is none."
+    stack, handles = blocks(model), []
+    def watch(site, place):
+        def hook(module, args, output=None):
+            value = args if place.side == "input" else output
+            tensor = value[0] if isinstance(value, (tuple, list)) else value
+            started = tensor if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+            seen[site] = started
+            if started is tensor: return None
+            return type(value)((started, *value[1:])) if isinstance(value, (tuple, list)) else started
+        register = place.module.register_forward_pre_hook if place.side == "input" else place.module.register_forward_hook
+        return register(hook)
+    try:
+        for site in sites: handles.append(watch(site, locate(model, site, stack)))
+        yield
+    finally:
+        for handle in handles: handle.remove()
+
+def _outer(g: torch.Tensor, h: torch.Tensor, place: Place, real: torch.Tensor) -> torch.Tensor:
+    "Σ g hᵀ over real tokens: (hidden, hidden), or (heads, head_dim, head_dim)."
+    if place.parts: g, h = g.unflatten(-1, (place.parts, -1)), h.unflatten(-1, (place.parts, -1))
+    if place.layout == "sequence first": g, h = g.transpose(0, 1), h.transpose(0, 1)
+    if g.shape[:2] == real.shape: g, h = g[real.to(g.device)], h[real.to(h.device)]
+    kind = torch.promote_types(g.dtype, torch.float32)
+    g, h = g.to(kind), h.to(kind)
+    if place.side == "input": return torch.einsum("thi,thj->hij", g, h).double()
+    return (g.flatten(0, -2).mT @ h.flatten(0, -2)).double()
+
+def _leading(gradient: torch.Tensor, rank: int) -> Directions:
+    "The leading singular triplets: all of a small matrix's, else by randomised subspace iteration."
+    total = float(gradient.norm())
+    if gradient.ndim == 3 or gradient.shape[0] <= 128: up, values, down = torch.linalg.svd(gradient, full_matrices=False)
+    else:
+        with torch.random.fork_rng([gradient.device] if gradient.is_cuda else []):
+            torch.manual_seed(0)
+            up, values, right = torch.svd_lowrank(gradient.float(), q=min(rank + 16, gradient.shape[0]), niter=4)
+            down = right.mT
+    return Directions(up[..., :rank].float(), values[..., :rank].float(), down[..., :rank, :].float(), total)
+
+# %% ../nbs/10_equivalence.ipynb #ee3937c9
+def site_scores(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],       # each is used once, so a generator will do
+    loss: Callable[[nn.Module, Mapping], torch.Tensor] | None = None,   # loss(model, batch); None: the model's own, which needs labels
+    sites: Sequence[str] = ("block", "mlp", "attn"),     # kinds of site to score, wherever the model has them
+    rank: int = 8,                                       # of the adapter that is thought of
+) -> SiteScores:
+    """The first-order decrease of the loss by the best rank-r linear step with ‖M‖_F = 1, for each layer and site (T11; beyond the paper).
+
+    The loss is the mean over batches of what `loss` returns. One forward and one backward pass per batch serve all sites;
+    memory does not grow with the number of batches. Steerings that are on the model stay on. Raises `EquivalenceError`
+    without batches, and for a loss or gradient that is not finite, `SiteError` for a site that the model lacks."""
+    kinds = (sites,) if isinstance(sites, str) else tuple(sites)
+    wanted = [site for at in kinds for site in _sites(model, at, None)]
+    stack, sums, count, tokens = blocks(model), {}, 0, 0
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise EquivalenceError(f"the rank is a whole number from 1, not {rank!r}")
+    for batch in batches:
+        real, seen = real_tokens(batch), {}
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.enable_grad(), _watched(model, wanted, seen): value = loss(model, batch) if loss else _own_loss(model, batch)
+        finally:
+            for module, mode in modes: module.training = mode
+        _check_finite(seen, f"the activation in batch {count}")
+        if not value.isfinite(): raise EquivalenceError(f"the loss of batch {count} is {float(value)}")
+        gradients = torch.autograd.grad(value, list(seen.values()), allow_unused=True)
+        for (site, h), g in zip(seen.items(), gradients):
+            if g is None: g = torch.zeros_like(h)
+            outer = _outer(g.detach(), h.detach(), locate(model, site, stack), real)
+            _check_finite({site: outer}, f"the gradient in batch {count}")
+            sums[site] = sums.get(site, 0) + outer
+        count, tokens = count + 1, tokens + int(real.sum())
+    if not count: raise EquivalenceError("there are no batches")
+    return SiteScores(rank, {site: _leading(sums[site] / count, rank) for site in wanted}, tokens)
+
+def _own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    "What the model computes from labels."
+    if batch.get("labels") is None: raise EquivalenceError("the batch has no labels: add them, or pass loss=")
+    return model(**batch).loss
