@@ -91,7 +91,7 @@ def oracle_shifts(
     at: str = "block",                      # where to shift: one of `SITES`
     layers: Sequence[int] | None = None,    # None: every layer that has the site
 ) -> dict[Site, torch.Tensor]:
-    """The shift at each site that makes its activation the tuned model's, given the prefix that is shifted already (T5, arXiv 2603.00425).
+    """The shift at each site that makes its activation the tuned model's, on a prefix that is shifted already (T5, arXiv 2603.00425).
 
     Shapes as `capture` gives them, (batch, seq, hidden), in float32 at least; zero for padding. Added all at once with
     `shifted`, they give the tuned model's activations there. Raises `OracleError` for models that are not of one kind."""
@@ -416,21 +416,23 @@ class _Both:
     "A base and a tuned model, run through the same batches side by side."
 
     def __init__(self, base: nn.Module, tuned: nn.Module, data: _Batches, folder: str, at: Sequence[str], layers: Sequence[int]):
-        self.data, self.folder, self.weighted = data, Path(folder), False
+        self.data, self.folder, self.weighted, self.behind = data, Path(folder), False, None
         for name in ("base", "tuned"): (self.folder / name).mkdir()
         self.base, self.tuned = _Relay(base, self.folder / "base"), _Relay(tuned, self.folder / "tuned")
         _, batch, *_ = next(iter(data))
         with capture(tuned, at=at) as expected: _run(tuned, batch)
         self.expected = {site: h for site, h in expected.items() if site.layer in layers}
 
-    def collect(self, layer: int, at: Sequence[str], steered: bool) -> dict[Site, tuple[Moments, Moments]]:
+    def collect(self, layer: int, at: Sequence[str], force: str | None = None) -> dict[Site, tuple[Moments, Moments]]:
         """Moments of what the base has at each site of this layer and of what it lacks: of tokens to fit on and to judge on.
 
-        `steered`: the base's sites will be shifted before it goes on."""
+        The base goes on from what it had in the layers before; with `force`, a kind of site, from what the tuned model had there."""
         found = {Site(layer, kind): (Moments(), Moments()) for kind in at}
         for number, batch, *parts in self.data:
-            keep = layer - 1 if steered and tuple(at) != ("block",) else layer
-            own, goal = self.base.run(number, batch, layer, at, keep), self.tuned.run(number, batch, layer, at, layer)
+            keep = layer if (force or at[0]) == "block" else layer - 1        # the site's shift is still to come
+            with self._forced(number): own = self.base.run(number, batch, layer, at, keep)
+            goal = self.tuned.run(number, batch, layer, list({*at, force or at[0]}), layer)
+            if force: save_file({"goal": goal[Site(layer, force)].cpu().contiguous()}, self.folder / f"{number}.goal")
             for site, h in own.items():
                 for whose, tensor in (("base's", h), ("tuned model's", goal[site])): _check_finite(tensor, site, f"{whose} activation")
                 if number == 0: self._check_resumed(site, goal[site])
@@ -439,7 +441,15 @@ class _Both:
                 for moments, part in zip(found[site], parts):
                     rows = _laid(part, s, place)
                     moments.add(s[rows], shift[rows], self._weights(number, layer, rows, s, place))
+        self.behind = Site(layer, force) if force else None
         return found
+
+    @contextmanager
+    def _forced(self, number: int) -> Iterator[None]:
+        "While this is open, the base's activation at the last site that was forced is the tuned model's."
+        if self.behind is None: yield; return
+        goal = load_file(self.folder / f"{number}.goal")["goal"]
+        with edit(self.base.model, {self.behind: lambda h: goal.to(h.device)}): yield
 
     def weigh(self, seed: int) -> None:
         "Weigh the tokens by `token_weights` from now on. The weights wait on disk, as all that grows with the batches does."
@@ -527,7 +537,7 @@ def fit_oracle(
     at: str = "block",                      # where to steer: one of `SITES`
     rank: int = 8,                          # of `linear`
     kind: str = "linear",                   # "linear", "vector" (the mean shift) or "full"
-    mode: str = "sequential",               # "parallel": fit every layer on the unsteered base
+    mode: str = "sequential",               # each layer on the steered prefix; "parallel": each on the tuned model's
     layers: str | Sequence[int] = "all",
     ridge: float | None = None,             # relative to the mean variance of a coordinate; None: chosen for each layer, on held-out sequences
     holdout: float = 0.1,                   # share of sequences to hold out, at least one
@@ -538,8 +548,8 @@ def fit_oracle(
 ) -> Steering:
     """Put a steering on the base that does what tuning did, as nearly as it can, by closed form (T9; the sequential mode goes beyond the paper).
 
-    About two forward passes of each model over the batches at "block"; memory does not grow with the batches, and a
-    temporary folder holds one activation of each per model. The steering can be saved, used and trained further; its
+    For each batch every block runs once in each model (at other sites than "block" twice in the base); memory does not grow with
+    the batches, and a temporary folder holds one activation of each per model. The steering can be saved, used and trained further; its
     attribute `fit` is an `OracleFit`. Raises `OracleError` for models or batches that do not do, and what `steer` raises;
     the base is then as it was. Warns if the tokens are too few for the rank."""
     _check_pair(base, tuned)
@@ -565,7 +575,7 @@ def _fit(steering: Steering, both: _Both, steered: bool, ridges: Sequence[float]
     "Fit the adapters, bottom to top."
     config, rows, maps, spectra, fewest = steering.config, [], {}, {}, math.inf
     for site, adapter in steering.adapters.items():
-        train, held = both.collect(site.layer, (site.at,), steered)[site]
+        train, held = both.collect(site.layer, (site.at,), None if steered else site.at)[site]
         rank, constant = _shape(config.kind, config.rank, adapter.shape[-1], config.bias)
         maps[site], ridge = _best(train, held, rank, ridges, constant)
         if steered: _put(adapter, config.kind, maps[site])
@@ -619,7 +629,7 @@ def shift_profile(
     holdout: float = 0.2,
     seed: int = 0,
 ) -> ShiftProfile:
-    """R² by layer, site and rank on the unsteered base, and the spectra of the shifts (T9; beyond the paper).
+    """R² by layer, site and rank on the tuned model's prefix, and the spectra of the oracle's shifts (T9; beyond the paper).
 
     About one forward pass of each model over the batches, for all sites. Errors as `fit_oracle`."""
     _check_pair(base, tuned)
@@ -631,7 +641,7 @@ def shift_profile(
     with _still(base, tuned), tempfile.TemporaryDirectory() as folder:
         both = _Both(base, tuned, data, folder, sites, layers)
         for layer in layers:
-            for site, (train, held) in both.collect(layer, [at for at in sites if layer in has[at]], steered=False).items():
+            for site, (train, held) in both.collect(layer, [at for at in sites if layer in has[at]], force="block").items():
                 spectra[site] = spectrum(train)
                 for rank in [rank for rank in ranks if rank <= spectra[site].shape[-1]]:
                     fitted, ridge = _best(train, held, rank, RIDGES, True)

@@ -278,14 +278,18 @@ def test_the_relay_equals_a_pass_for_each_layer(kind, at):
     assert torch.equal(logits(base, input_ids=LONG), before)
 
 
-def test_parallel_fits_each_layer_on_the_unsteered_base():
+@pytest.mark.parametrize("at", ["block", "mlp", "heads"])
+def test_parallel_fits_each_layer_on_the_oracle(at):
     base, tuned = pair()
-    batches = [{"input_ids": LONG}, {"input_ids": LONG + 1}]
-    with capture(base) as own: logits(base, input_ids=torch.cat([LONG, LONG + 1]))
-    with capture(tuned) as goal: logits(tuned, input_ids=torch.cat([LONG, LONG + 1]))
-    for site, adapter in fit_oracle(base, tuned, batches, rank=3, ridge=0.05, holdout=0, mode="parallel").adapters.items():
-        s, shift = own[site].flatten(0, 1), (goal[site] - own[site]).flatten(0, 1)
-        matrix, constant = batch_solution(s, shift, np.ones(len(s)), 3, 0.05)
+    both = torch.cat([LONG, LONG + 1])
+    shifts, pairs = oracle_shifts(base, tuned, {"input_ids": both}, at), {}
+    with capture(tuned, at=at) as goal: logits(tuned, input_ids=both)
+    for site, shift in shifts.items(): pairs[site] = goal[site] - shift, shift
+    steering = fit_oracle(base, tuned, [{"input_ids": LONG}, {"input_ids": LONG + 1}], at=at, rank=3, ridge=0.05, holdout=0, mode="parallel")
+    for site, adapter in steering.adapters.items():
+        s, shift = (part.flatten(0, 1) for part in pairs[site])
+        if at == "heads": s, shift, adapter.up, adapter.down, adapter.bias = (torch.nn.Parameter(x) for x in (s[:, 1], shift[:, 1], adapter.up[1], adapter.down[1], adapter.bias[1]))
+        matrix, constant = batch_solution(s.detach(), shift.detach(), np.ones(len(s)), 3, 0.05)
         assert close(adapter.up @ adapter.down, torch.tensor(matrix), 1e-4) and close(adapter.bias, torch.tensor(constant), 1e-4)
 
 
@@ -536,8 +540,8 @@ def test_a_profile_has_every_layer_site_and_rank():
     for at in ("block", "mlp", "attn"):
         for layer in range(3):
             assert table.loc[(at, layer, 1), "share"] < table.loc[(at, layer, 4), "share"] < table.loc[(at, layer, 32), "share"] == pytest.approx(1)
-    steering = fit_oracle(base, tuned, batches, at="mlp", rank=4, mode="parallel", holdout=0.2)
-    for row in steering.fit.rows: assert table.loc[("mlp", row["layer"], 4), "r2_held_out"] == pytest.approx(row["r2_held_out"], rel=1e-6)
+    steering = fit_oracle(base, tuned, batches, rank=4, mode="parallel", holdout=0.2)
+    for row in steering.fit.rows: assert table.loc[("block", row["layer"], 4), "r2_held_out"] == pytest.approx(row["r2_held_out"], rel=1e-6)
 
 
 def test_service_of_a_map_before_the_mlp():
