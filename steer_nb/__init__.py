@@ -11,6 +11,7 @@ _ROOMS = {
     "adapters": ("Adapter", "make_adapter", "adapter_size"),
     "steering": ("Steering", "SteeringConfig", "SteeringError", "load_steering", "prompt_ends", "steer", "steerings"),
     "zoo": ("tiny_model",),
+    "convert": ("ConvertError", "Lora", "NearestLora", "from_lora", "nearest_lora", "to_bias", "to_control_vector", "to_gguf_lora", "to_lora"),
     "assets": ("AssetError", "load_model"),
     "tasks": ("Example", "Task", "TaskError", "load_task"),
     "train": ("Run", "TrainConfig", "TrainError", "fit"),
