@@ -66,7 +66,8 @@ def _matrices(block: nn.Module) -> list[nn.Module]:
 
 def _hook_outputs(modules: Sequence[nn.Module], stack: ExitStack, seen: dict) -> None:
     "Until the stack closes, keep what each module puts out."
-    def keep(module, args, output): seen[module] = output
+    def keep(module, args, output):
+        if isinstance(output, torch.Tensor): seen[module] = output.clone()      # Falcon adds to it in place
     for module in modules: stack.callback(module.register_forward_hook(keep, prepend=True).remove)
 
 # %% ../nbs/12_convert.ipynb #0b3af8d6
@@ -89,10 +90,13 @@ class _Projection:
         bias = getattr(self.module, "bias", None)
         return torch.zeros(self.matrix.shape[0], dtype=torch.float64) if bias is None else bias.detach().cpu().double()
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 def _usable(model: nn.Module, projection: _Projection) -> _Projection:
     "The projection, if its weight can be changed and changes nothing else; `ConvertError` otherwise."
     path, module = projection.path, projection.module
-    if type(module) not in (nn.Linear, Conv1D) or type(module.weight.data) is not torch.Tensor or not module.weight.is_floating_point() or module.weight.is_meta:
+    ordinary = isinstance(module, (nn.Linear, Conv1D)) and type(module.weight) is nn.Parameter and type(module.weight.data) is torch.Tensor
+    if not ordinary or module.weight.dtype not in _FLOATS or module.weight.is_meta:
         raise ConvertError(f"{path} is a {type(module).__module__}.{type(module).__name__} with {module.weight.dtype} weights: "
                            "its weight must be an ordinary float matrix (merge adapters first; dequantize; load without offloading)")
     owners = [name for name, other in model.named_modules(remove_duplicate=False) if getattr(other, "weight", None) is module.weight]
@@ -108,6 +112,7 @@ def _projections(model: nn.Module, at: str, layers: Sequence[int]) -> dict[int, 
     found = {}
     for layer in layers:
         place, wanted = locate(model, Site(layer, at), stack), acts[Site(layer, at)]
+        if not wanted.isfinite().all(): raise ConvertError(f"activations at layer {layer} {at!r} are not finite")
         same = [module for module in _matrices(stack[layer]) if module in seen and seen[module].numel() == wanted.numel()
                 and torch.equal((seen[module] * place.scale if place.scale != 1 else seen[module]).reshape(wanted.shape), wanted)]
         if not same: raise _no_projection(layer, at, place)
@@ -148,7 +153,7 @@ def _writers(model: nn.Module, at: str, layers: Sequence[int]) -> dict[int, _Pro
     found = _projections(model, "mlp", [layer for layer in layers if layer in modules]) if set(layers) & set(modules) else {}
     for layer in layers:
         options = [found[layer]] if layer in found else [_Projection(names[module], module, 1.0) for module in reversed(_matrices(stack[layer]))]
-        found[layer] = next((option for option in options if option.module.weight.shape[type(option.module) is Conv1D] == hidden_size(model)
+        found[layer] = next((option for option in options if option.module.weight.shape[isinstance(option.module, Conv1D)] == hidden_size(model)
                              and _arrives(model, layer, lambda constant: _adding(option, constant))), None)
         if found[layer] is None: raise ConvertError(f"layer {layer}: what {' or '.join(option.path for option in options)} adds does not come out of {type(stack[layer]).__name__} as it is")
         _usable(model, found[layer])
@@ -439,30 +444,37 @@ def _reads(steering: Steering, writers: dict[int, _Projection], layers: Sequence
             if site.layer not in layers: continue
             stack.callback(adapter.register_forward_pre_hook(keep((site.layer, "h"))).remove)
             stack.callback(writers[site.layer].module.register_forward_pre_hook(keep((site.layer, "m"))).remove)
-        steering.model(**batch)
+        getattr(steering.model, "base_model", steering.model)(**batch)             # without the vocabulary's logits
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten()
     for layer in layers:
         h, m = (seen[layer, part].flatten(0, -2)[mask.to(seen[layer, part].device)].cpu().double() for part in "hm")
         if not (h.isfinite().all() and m.isfinite().all()): raise ConvertError(f"activations at layer {layer} are not finite")
         yield layer, h, m
 
-def _fit(steering: Steering, writers: dict[int, _Projection], layer: int, D: torch.Tensor, batches: list[Mapping], ridge: float, intercept: bool):
-    "A and the constant of the best affine guess of D h from m at one layer, and the number of tokens."
-    width = writers[layer].matrix.shape[1]
-    mm, dm, m_sum, d_sum, tokens = torch.zeros(width, width, dtype=torch.float64), 0, 0, 0, 0
+def _fit(steering: Steering, writers: dict[int, _Projection], affine: dict, layers: Sequence[int], batches: list[Mapping], ridge: float, intercept: bool):
+    "By layer A and the constant of the best affine guess of D h from m; and the number of tokens."
+    moments, tokens = {layer: [0.0, 0.0] for layer in layers}, 0
     for batch in batches:
-        for _, h, m in _reads(steering, writers, [layer], batch):
-            d = h @ D.T
-            mm += m.T @ m; dm += d.T @ m; m_sum += m.sum(0); d_sum += d.sum(0); tokens += len(m)
+        for layer, h, m in _reads(steering, writers, layers, batch):
+            if intercept: m = nn.functional.pad(m, (0, 1), value=1.0)
+            weighted = (m / h.square().sum(1, keepdim=True).clamp_min(1e-30)).T
+            moments[layer] = [moments[layer][0] + weighted @ m, moments[layer][1] + weighted @ (h @ affine[layer][1].T)]
+        tokens += len(m)
     if not tokens: raise ConvertError("the batches hold only padding")
-    if intercept: mm, dm = mm - torch.outer(m_sum, m_sum) / tokens, dm - torch.outer(d_sum, m_sum) / tokens
-    A = torch.linalg.solve(mm + ridge * mm.trace() / width * torch.eye(width, dtype=mm.dtype), dm.T).T
-    return A, (d_sum - A @ m_sum) / tokens if intercept else torch.zeros(len(A), dtype=A.dtype), tokens
+    found = {}
+    for layer, (mm, md) in moments.items():
+        width = len(mm) - intercept
+        penalty = torch.full((len(mm),), ridge * mm[:width, :width].trace() / width, dtype=mm.dtype)
+        penalty[width:] = 0
+        solved = torch.linalg.solve(mm + penalty.diag(), md).T
+        found[layer] = (solved[:, :-1], solved[:, -1]) if intercept else (solved, torch.zeros(len(solved), dtype=mm.dtype))
+    return found, tokens
 
 # %% ../nbs/12_convert.ipynb #4242cee3
 @dataclass(frozen=True)
 class NearestLora:
-    "The LoRA nearest to a steering, and how near it is. Errors are relative norms over tokens: 0 is equal, 1 is no better than nothing."
+    """The LoRA nearest to a steering, and how near it is. Errors are relative: 0 is equal, 1 is no better than nothing. They are root mean
+    squares over tokens, each weighted by one over its squared norm in the stream."""
     lora: Lora
     shift_error: dict[int, float]        # by layer: of the shift, on the activations of the steered model
     output_error: dict[int, float]       # by layer: of the block's output, with the LoRA on all layers, relative to what the steering changed
@@ -483,25 +495,25 @@ def _with_lora(model: nn.Module, lora: Lora):
         yield
 
 def _outputs(model: nn.Module, batch: Mapping, layers: Sequence[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    "Block outputs by layer and log-probabilities of the real tokens: (tokens, hidden), (tokens, vocabulary)."
+    "Block outputs by layer and logits of the real tokens: (tokens, hidden), (tokens, vocabulary)."
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     with torch.no_grad(), capture(model, layers=list(layers)) as acts: logits = model(**batch).logits
-    return {site.layer: h[mask.to(h.device)].double() for site, h in acts.items()}, logits[mask.to(logits.device)].double().log_softmax(-1)
+    return {site.layer: h[mask.to(h.device)].double() for site, h in acts.items()}, logits[mask.to(logits.device)]
 
 # %% ../nbs/12_convert.ipynb #42ed0a55
 def nearest_lora(
     steering: Steering,                          # kind `linear`, `loreft` or `full`, at `block`, at all positions
     batches: Mapping | Sequence[Mapping],        # to fit on: input_ids and attention_mask, (batch, seq); padding is not counted
     test: Mapping | Sequence[Mapping] | None = None,   # to measure the errors on; None: the same, which flatters
-    ridge: float = 1e-4,                         # times the mean eigenvalue of the second moment of m
+    ridge: float = 0.1,                          # times the mean eigenvalue of the second moment of m
     intercept: bool = False,                     # also fit a constant, which needs `lora_bias`
 ) -> NearestLora:
     """The LoRA on the down projections that best guesses a post-block steering from what they read, and its measured error.
 
-    First order: each layer is fitted on the activations of the steered model, one layer at a time (a pass over the batches each),
-    so that memory does not grow with batches or layers. Beyond the paper. Raises `ConvertError` for other kinds, sites or positions, where
+    First order: each layer is fitted on the activations of the steered model. As many layers at a time as have their moments in 1 GB, a
+    pass over the batches each time, so that memory does not grow with batches or layers. Beyond the paper. Raises `ConvertError` for other kinds, sites or positions, where
     a constant on the projection does not come out of the block, for empty batches and for activations that are not finite."""
-    _check(steering, ("linear", "loreft", "full"), ("block",), "approximated by a LoRA on the down projection")
+    _check(steering, ("linear", "loreft", "full"), ("block",), "a case for nearest_lora")
     if steering.strength == 0: raise ConvertError("the strength is 0: there is nothing to approximate")
     batches, model, layers = _as_batches(batches), steering.model, [site.layer for site in steering.adapters]
     writers, parts, tokens = _writers(model, "block", layers), {}, 0
@@ -509,8 +521,12 @@ def nearest_lora(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for layer, (U, D, constant) in affine.items():
-            A, guess, tokens = _fit(steering, writers, layer, D, batches, ridge, intercept)
+        fitted, together = {}, max(1, int(2 ** 27 / max(writer.matrix.shape[1] for writer in writers.values()) ** 2))
+        for start in range(0, len(layers), together):
+            found, tokens = _fit(steering, writers, affine, layers[start:start + together], batches, ridge, intercept)
+            fitted |= found
+        for layer, (A, guess) in fitted.items():
+            U, _, constant = affine[layer]
             factor = steering.strength / writers[layer].scale
             parts[writers[layer]] = (A, factor * U, factor * (U @ guess + constant))
         lora = _lora(model, parts)
@@ -520,19 +536,28 @@ def nearest_lora(
 
 def _errors(steering: Steering, writers: dict[int, _Projection], affine: dict, lora: Lora, batches: list[Mapping]) -> tuple[dict, dict, float, float]:
     "The error figures of `NearestLora` on these batches."
-    sums, layers, kl, kl_base, tokens = {layer: torch.zeros(4) for layer in affine}, list(affine), 0.0, 0.0, 0
+    sums, layers, kl, tokens = {layer: torch.zeros(4, dtype=torch.float64) for layer in affine}, list(affine), torch.zeros(2, dtype=torch.float64), 0
     for batch in batches:
         for layer, h, m in _reads(steering, writers, layers, batch):
-            (U, D, constant), path, factor = affine[layer], writers[layer].path, steering.strength
-            wanted = factor * (h @ D.T @ U.T + constant)
-            got = (m @ lora.A[path].cpu().double().T @ lora.B[path].cpu().double().T + (lora.bias[path].cpu().double() if lora.bias else 0)) * writers[layer].scale
-            sums[layer][:2] += torch.stack([(got - wanted).square().sum(), wanted.square().sum()]).float()
+            (U, D, constant), path, weight = affine[layer], writers[layer].path, h.norm(dim=1, keepdim=True).clamp_min(1e-15)
+            wanted = steering.strength * (h @ D.T @ U.T + constant) / weight
+            got = (m @ lora.A[path].cpu().double().T @ lora.B[path].cpu().double().T + (lora.bias[path].cpu().double() if lora.bias else 0)) * writers[layer].scale / weight
+            sums[layer][:2] += torch.stack([(got - wanted).square().sum(), wanted.square().sum()])
         steered_h, steered = _outputs(steering.model, batch, layers)
         with steering.disabled():
             base_h, base = _outputs(steering.model, batch, layers)
             with _with_lora(steering.model, lora): lora_h, guessed = _outputs(steering.model, batch, layers)
         for layer in layers:
-            sums[layer][2:] += torch.stack([(other[layer] - steered_h[layer]).square().sum() for other in (lora_h, base_h)]).cpu().float()
-        kl, kl_base, tokens = kl + (steered.exp() * (steered - guessed)).sum().item(), kl_base + (steered.exp() * (steered - base)).sum().item(), tokens + len(steered)
-    ratio = {layer: [(part[0] / part[1].clamp_min(1e-30)).sqrt().item() for part in row.split(2)] for layer, row in sums.items()}
-    return {layer: r[0] for layer, r in ratio.items()}, {layer: r[1] for layer, r in ratio.items()}, kl / tokens, kl_base / tokens
+            sums[layer][2:] += torch.stack([((other[layer] - steered_h[layer]).norm(dim=1) / steered_h[layer].norm(dim=1)).square().sum() for other in (lora_h, base_h)]).cpu()
+        kl += torch.tensor([_kl(steered, guessed), _kl(steered, base)])
+        tokens += len(steered)
+    ratio = {layer: [(part[0] / part[1].clamp_min(1e-300)).sqrt().item() for part in row.split(2)] for layer, row in sums.items()}
+    return {layer: r[0] for layer, r in ratio.items()}, {layer: r[1] for layer, r in ratio.items()}, *(kl / tokens).tolist()
+
+def _kl(logits: torch.Tensor, others: torch.Tensor) -> float:
+    "The sum over tokens of KL(p from logits, q from others), in nats."
+    total = 0.0
+    for p, q in zip(logits.split(64), others.split(64)):
+        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+    return total
