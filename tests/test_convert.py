@@ -94,14 +94,20 @@ def test_other_steerings_behind_are_kept_and_in_front_are_refused():
     wanted = logits(model)
     to_bias(vector)
     assert apart(logits(model), wanted) < EXACT and list(steerings(model)) == ["behind", "heads"]
-    for config in (dict(), dict(site="mlp", name="at the mlp")):
-        late = put(model, "late", kind="vector", site=config.get("site", "block"))
-        early = put(model, "early", kind="linear", site="mlp", rank=2)
-        if config: continue
-        with pytest.raises(ConvertError, match="'behind' reads"): to_bias(late)
-        late.remove(); early.remove()
-    to_bias(late)                                                   # at the mlp, `early` came later, and block comes after
-    assert list(steerings(model)) == ["behind", "heads", "early"]
+    late = put(model, "late", kind="vector")
+    with pytest.raises(ConvertError, match="'behind' reads"): to_bias(late)           # at the same site, put on before
+    late.remove()
+
+
+def test_a_steering_between_the_projection_and_the_block_is_refused():
+    model = made("llama")
+    vector, later = put(model, "vector", kind="vector"), put(model, "later", site="mlp", rank=2)
+    with pytest.raises(ConvertError, match="'later' reads"): to_bias(vector)           # put on later, but it acts earlier
+    vector.remove()
+    vector = put(model, "vector", kind="vector", site="attn")
+    wanted = logits(model)
+    to_bias(vector)
+    assert apart(logits(model), wanted) < EXACT and list(steerings(model)) == ["later"]
 
 
 def test_a_bias_in_half_precision_and_in_training_mode():
@@ -135,6 +141,19 @@ def quantized():
     return model
 
 
+class Eight(nn.Linear):
+    "A linear layer that keeps its weight in eight bits and computes in the precision of what it reads."
+    def forward(self, x): return x @ self.weight.to(x.dtype).T
+
+
+def eight_bits():
+    model = made("llama", torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Eight
+        layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
 def tied():
     model = made("llama")
     model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
@@ -153,6 +172,7 @@ BIAS_REFUSED = {
     "experts": (lambda: tiny_model("mixtral"), dict(kind="vector"), "no single projection"),
     "shared expert": (lambda: tiny_model("qwen2_moe"), dict(kind="vector", site="mlp"), "no single projection"),
     "quantized": (quantized, dict(kind="vector"), "int8 weights"),
+    "eight bits": (eight_bits, dict(kind="vector"), "float8_e4m3fn weights"),
     "tied": (tied, dict(kind="vector", layers=[0]), "is tied"),
     "kind": (lambda: made("llama"), dict(kind="linear"), "a linear steering is not a bias"),
     "loreft": (lambda: made("llama"), dict(kind="loreft"), "a loreft steering is not a bias"),
@@ -204,6 +224,7 @@ def test_a_linear_map_becomes_a_lora(model_type, config, tmp_path):
     steering.remove()
     assert torch.equal(logits(model), base) and apart(wanted, base) > 1e-3
     assert len(lora.A) == len(config.get("layers", (0, 1))) and lora.rank == (32 if config["kind"] == "full" else 3)
+    assert lora.config().fan_in_fan_out == (model_type == "gpt2")
     tuned = PeftModel.from_pretrained(model, tmp_path)
     assert apart(logits(tuned), wanted) < EXACT
     has_bias = all(tuned.get_submodule(f"base_model.model.{path}").base_layer.bias is not None for path in lora.A)
