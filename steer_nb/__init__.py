@@ -15,6 +15,7 @@ _ROOMS = {
                     "glu_shift", "mlp_share", "order_of_error", "pre_mlp_reach", "site_scores", "update_between", "update_from_lora"),
     "oracle": ("OracleError", "OracleFit", "error_growth", "fit_oracle", "logit_divergence", "oracle_divergence", "oracle_shifts",
                "shift_profile", "shifted"),
+    "convert": ("ConvertError", "Lora", "NearestLora", "from_lora", "nearest_lora", "to_bias", "to_control_vector", "to_gguf_lora", "to_lora"),
     "assets": ("AssetError", "load_model"),
     "tasks": ("Example", "Task", "TaskError", "load_task", "task_batches"),
     "train": ("Run", "TrainConfig", "TrainError", "fit", "tuned_copy"),

@@ -69,12 +69,12 @@ class SteeringConfig:
     """What to put where. Checked when made: a wrong value raises a `ValueError` that names the right ones."""
     kind: str = "linear"          # the shift: one of `adapters.KINDS`
     site: str = "block"           # where: one of `sites.SITES`
-    rank: int = 8                 # of `linear` and `nonlinear`
+    rank: int = 8                 # of `linear`, `nonlinear` and `loreft`
     layers: str | Sequence[int] = "all"   # "all" (that have the site), or some
     positions: str = "all"        # all, last, prompt, completion, prefix:k, suffix:k or prefix:k+suffix:k
     activation: str = "silu"      # of `nonlinear`: one of `adapters.ACTIVATIONS`
-    bias: bool = False            # of `linear` and `nonlinear`
-    seed: int = 0                 # of the random start of D
+    bias: bool = False            # of `linear` and `nonlinear`; LoReFT always has its own
+    seed: int = 0                 # of the random start of D, or of R
     init: str = "random"          # the start of D: "random", or "gradient": the directions that `equivalence.site_scores` found
 
     def __post_init__(self):
@@ -460,7 +460,7 @@ class Steering:
         config, layers = self.config, [site.layer for site in self.adapters]
         together = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
         where = f"layers {layers[0]}–{layers[-1]}" if together else f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-        rank = f" rank {config.rank}" if config.kind in ("linear", "nonlinear") else ""
+        rank = f" rank {config.rank}" if config.kind in ("linear", "nonlinear", "loreft") else ""
         state = "" if self.enabled and self.strength == 1 else f", strength {self.strength:g}" if self.enabled else ", disabled"
         return (f"Steering {self.name!r}: {config.kind}{rank} at {config.site!r}, {where}, positions {config.positions}, "
                 f"{self.num_parameters():,} parameters ({100 * self.share:.2g} %){state}")

@@ -95,3 +95,43 @@ def test_help_has_an_example(command):
 def test_help_loads_no_torch():
     script = "import sys\nfrom steer_nb.cli import app\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    "A LoRA of SmolLM2 that changes what it says: random, in two layers."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from steer_nb.assets import load_model
+    torch.manual_seed(0)
+    model = get_peft_model(load_model("smollm2-135m")[0], LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["down_proj"], layers_to_transform=[10, 20]))
+    folder = tmp_path_factory.mktemp("tuned") / "lora"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_distill(lora, tmp_path):
+    code, out, err = run("distill", "smollm2-135m", lora, "--output", tmp_path / "task", "--n", 24, "--n-test", 12, "--rank", 4)
+    assert code == 0, err
+    report = json.loads((tmp_path / "task/distill.json").read_text())
+    assert report["after"]["kl"] < 0.5 * report["before"]["kl"] and len(report["layers"]) == 30 and "accuracy" in report["after"]
+    assert "138,240 parameters" in out or "155,520 parameters" in out            # 30 × 2 × 4 × 576, and 30 × 576 of biases
+    code, out, err = run("evaluate", "--steering", tmp_path / "task/steering", "--n", 4)
+    assert code == 0, err
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The number {n} comes after {n - 1}, and before {n + 1}. What is {n} plus {n}? It is {2 * n}." for n in range(1, 33)), encoding="utf-8")
+    code, out, err = run("distill", "smollm2-135m", lora, "--output", tmp_path / "text", "--text", text, "--rank", 4)
+    assert code == 0, err
+    report = json.loads((tmp_path / "text/distill.json").read_text())
+    assert report["after"]["kl"] < 0.5 * report["before"]["kl"] and "accuracy" not in report["after"]
+
+
+def test_distill_refuses(lora, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    (tmp_path / "short.txt").write_text("one paragraph")
+    for words, said in ((("--output", tmp_path / "full"), "exists already"), (("--output", tmp_path / "new", "--text", tmp_path / "short.txt"), "paragraphs"),
+                        (("--output", tmp_path / "new", "--kind", "nonlinear", "--n", 4, "--n-test", 2), "closed form")):
+        code, out, err = run("distill", "smollm2-135m", lora, *words)
+        assert code == 1 and said in err and "Traceback" not in err, (words, out, err)
+    assert not (tmp_path / "new").exists()

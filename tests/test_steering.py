@@ -336,3 +336,29 @@ def test_capture_keeps_columns_whatever_the_layout(model_type):
         model(input_ids=ids)
     token = {"xlnet": lambda h: h[3, 1], "gemma3n_text": lambda h: h[:, 1, 3]}.get(model_type, lambda h: h[1, 3])(whole[site])
     assert torch.equal(one[site][0], token)
+
+
+@pytest.mark.parametrize("site", ["mlp", "heads"])
+def test_loreft_is_saved_and_loaded(tmp_path, site):
+    config = SteeringConfig(kind="loreft", site=site, rank=3, positions="suffix:3", bias=True)
+    model = tiny()
+    base = model(input_ids=INPUT).logits
+    steering = steer(model, config)
+    assert torch.equal(model(input_ids=INPUT).logits, base) and "loreft rank 3" in repr(steering)
+    randomise(steering).save(tmp_path / "steering")
+    steered = model(input_ids=INPUT).logits
+    assert (steered - base).abs().max() > 1e-3
+    other = tiny()
+    loaded = load_steering(other, tmp_path / "steering")
+    assert loaded.config == config and torch.equal(other(input_ids=INPUT).logits, steered)
+    assert torch.equal(copy.deepcopy(other)(input_ids=INPUT).logits, steered)
+    loaded.remove()
+    assert torch.equal(other(input_ids=INPUT).logits, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_new_loreft_changes_nothing_in_any_precision(dtype):
+    model = tiny().to(dtype)
+    base = model(input_ids=INPUT).logits
+    steer(model, SteeringConfig(kind="loreft", rank=3))
+    assert torch.equal(model(input_ids=INPUT).logits, base)
