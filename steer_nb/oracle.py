@@ -472,7 +472,7 @@ class _Both:
 
 # %% ../nbs/11_oracle.ipynb #4e8c5958
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)      # relative to the mean variance of a coordinate of the activation
-MODES = ("sequential", "parallel")
+MODES = ("sequential", "teacher_forced", "parallel")
 WEIGHTS = (None, "loss")
 
 @dataclass(frozen=True, repr=False)
@@ -511,9 +511,14 @@ def tokens_needed(rank: int, width: int) -> int:
     "The fewest tokens that determine an affine map of this rank: r (2d − r) + d free numbers, and d a token."
     return math.ceil((rank * (2 * width - rank) + width) / width)
 
-def _best(train: Moments, held: Moments, rank: int, ridges: Sequence[float], bias: bool) -> tuple[LinearMap, float]:
+def _truncated(train: Moments, fitted: LinearMap, rank: int) -> LinearMap:
+    "The best affine map of a lower rank at the same ridge: the first columns, with the constant that goes with them."
+    mean_s, mean_shift, *_ = _means(train)
+    up, down = fitted.up[..., :rank], fitted.down[..., :rank, :]
+    return LinearMap(up, down, mean_shift - (up @ (down @ mean_s[..., None]))[..., 0])
+
+def _best(maps: Sequence[LinearMap], held: Moments, ridges: Sequence[float]) -> tuple[LinearMap, float]:
     "The map whose ridge does best on held-out tokens, and that ridge."
-    maps = fit_maps(train, rank, ridges, bias)
     errors = [residual(held, fitted) for fitted in maps] if len(maps) > 1 else [0.0]
     best = min(range(len(maps)), key=errors.__getitem__)
     return maps[best], ridges[best]
@@ -537,7 +542,7 @@ def fit_oracle(
     at: str = "block",                      # where to steer: one of `SITES`
     rank: int = 8,                          # of `linear`
     kind: str = "linear",                   # "linear", "vector" (the mean shift) or "full"
-    mode: str = "sequential",               # each layer on the steered prefix; "parallel": each on the tuned model's
+    mode: str = "sequential",               # each layer on the steered prefix; "teacher_forced": on the tuned model's; "parallel": on the base's
     layers: str | Sequence[int] = "all",
     ridge: float | None = None,             # relative to the mean variance of a coordinate; None: chosen for each layer, on held-out sequences
     holdout: float = 0.1,                   # share of sequences to hold out, at least one
@@ -565,20 +570,20 @@ def fit_oracle(
         with _still(base, tuned), tempfile.TemporaryDirectory() as folder:
             both = _Both(base, tuned, data, folder, (at,), [site.layer for site in steering.adapters])
             if weights: both.weigh(seed)
-            steering.fit = _fit(steering, both, mode == "sequential", RIDGES if ridge is None else (float(ridge),))
+            steering.fit = _fit(steering, both, mode, RIDGES if ridge is None else (float(ridge),))
     except BaseException:
         steering.remove()
         raise
     return steering
 
-def _fit(steering: Steering, both: _Both, steered: bool, ridges: Sequence[float]) -> OracleFit:
+def _fit(steering: Steering, both: _Both, mode: str, ridges: Sequence[float]) -> OracleFit:
     "Fit the adapters, bottom to top."
     config, rows, maps, spectra, fewest = steering.config, [], {}, {}, math.inf
     for site, adapter in steering.adapters.items():
-        train, held = both.collect(site.layer, (site.at,), None if steered else site.at)[site]
+        train, held = both.collect(site.layer, (site.at,), site.at if mode == "teacher_forced" else None)[site]
         rank, constant = _shape(config.kind, config.rank, adapter.shape[-1], config.bias)
-        maps[site], ridge = _best(train, held, rank, ridges, constant)
-        if steered: _put(adapter, config.kind, maps[site])
+        maps[site], ridge = _best(fit_maps(train, rank, ridges, constant), held, ridges)
+        if mode == "sequential": _put(adapter, config.kind, maps[site])
         spectra[site], fewest = spectrum(train), min(fewest, effective_tokens(train))
         rows.append({"layer": site.layer, "r2": r2(train, maps[site]), "r2_held_out": r2(held, maps[site]) if held.tokens else math.nan,
                      "ridge": ridge, "tokens": train.tokens, "held_out": held.tokens, "size": _size(train),
@@ -587,7 +592,7 @@ def _fit(steering: Steering, both: _Both, steered: bool, ridges: Sequence[float]
     needed = tokens_needed(rank, adapter.shape[-1])
     if fewest < needed: warnings.warn(f"{int(fewest)} tokens do not determine a map of rank {rank}: it takes {needed} at least", stacklevel=3)
     kind = f"{config.kind} rank {config.rank}" if config.kind == "linear" else config.kind
-    return OracleFit(tuple(rows), spectra, f"{kind} at {config.site!r}, {'sequential' if steered else 'parallel'}")
+    return OracleFit(tuple(rows), spectra, f"{kind} at {config.site!r}, {mode.replace('_', '-')}")
 
 def _size(moments: Moments) -> float:
     "Root mean square of the shift, relative to that of the activation."
@@ -643,8 +648,10 @@ def shift_profile(
         for layer in layers:
             for site, (train, held) in both.collect(layer, [at for at in sites if layer in has[at]], force="block").items():
                 spectra[site] = spectrum(train)
-                for rank in [rank for rank in ranks if rank <= spectra[site].shape[-1]]:
-                    fitted, ridge = _best(train, held, rank, RIDGES, True)
+                possible = [rank for rank in ranks if rank <= spectra[site].shape[-1]]
+                largest = fit_maps(train, max(possible), RIDGES)
+                for rank in possible:
+                    fitted, ridge = _best([_truncated(train, one, rank) for one in largest], held, RIDGES)
                     rows.append({"layer": layer, "site": site.at, "rank": rank, "r2": r2(train, fitted), "r2_held_out": r2(held, fitted),
                                  "ridge": ridge, "size": _size(train), "share": float(spectra[site][..., :rank].sum(-1).mean())})
     return ShiftProfile(tuple(rows), spectra)

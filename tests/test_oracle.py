@@ -279,17 +279,29 @@ def test_the_relay_equals_a_pass_for_each_layer(kind, at):
 
 
 @pytest.mark.parametrize("at", ["block", "mlp", "heads"])
-def test_parallel_fits_each_layer_on_the_oracle(at):
+def test_teacher_forcing_fits_each_layer_on_the_oracle(at):
     base, tuned = pair()
     both = torch.cat([LONG, LONG + 1])
     shifts, pairs = oracle_shifts(base, tuned, {"input_ids": both}, at), {}
     with capture(tuned, at=at) as goal: logits(tuned, input_ids=both)
     for site, shift in shifts.items(): pairs[site] = goal[site] - shift, shift
-    steering = fit_oracle(base, tuned, [{"input_ids": LONG}, {"input_ids": LONG + 1}], at=at, rank=3, ridge=0.05, holdout=0, mode="parallel")
+    steering = fit_oracle(base, tuned, [{"input_ids": LONG}, {"input_ids": LONG + 1}], at=at, rank=3, ridge=0.05, holdout=0, mode="teacher_forced")
     for site, adapter in steering.adapters.items():
         s, shift = (part.flatten(0, 1) for part in pairs[site])
         if at == "heads": s, shift, adapter.up, adapter.down, adapter.bias = (torch.nn.Parameter(x) for x in (s[:, 1], shift[:, 1], adapter.up[1], adapter.down[1], adapter.bias[1]))
         matrix, constant = batch_solution(s.detach(), shift.detach(), np.ones(len(s)), 3, 0.05)
+        assert close(adapter.up @ adapter.down, torch.tensor(matrix), 1e-4) and close(adapter.bias, torch.tensor(constant), 1e-4)
+
+
+def test_parallel_fits_each_layer_on_the_unsteered_base():
+    base, tuned = pair()
+    both = torch.cat([LONG, LONG + 1])
+    with capture(base) as own: logits(base, input_ids=both)
+    with capture(tuned) as goal: logits(tuned, input_ids=both)
+    steering = fit_oracle(base, tuned, [{"input_ids": LONG}, {"input_ids": LONG + 1}], rank=3, ridge=0.05, holdout=0, mode="parallel")
+    for site, adapter in steering.adapters.items():
+        s, shift = own[site].flatten(0, 1), (goal[site] - own[site]).flatten(0, 1)
+        matrix, constant = batch_solution(s, shift, np.ones(len(s)), 3, 0.05)
         assert close(adapter.up @ adapter.down, torch.tensor(matrix), 1e-4) and close(adapter.bias, torch.tensor(constant), 1e-4)
 
 
@@ -350,12 +362,12 @@ def test_a_fit_brings_the_base_nearer():
     ids = torch.randint(3, 100, (160, 9), generator=torch.Generator().manual_seed(5))
     batches, tests = [{"input_ids": part} for part in ids[:128].split(16)], [{"input_ids": ids[128:]}]
     left = {"none": logit_divergence(tuned, base, tests)}
-    for mode in ("parallel", "sequential"):
+    for mode in ("parallel", "teacher_forced", "sequential"):
         steering = fit_oracle(base, tuned, batches, rank=16, mode=mode)
         left[mode] = logit_divergence(tuned, base, tests)
         assert all(row["tokens"] == 115 * 9 and row["held_out"] == 13 * 9 for row in steering.fit.rows)
         steering.remove()
-    assert left["sequential"] < left["parallel"] < left["none"]
+    assert left["sequential"] < left["teacher_forced"] < left["parallel"] < left["none"]
 
 
 def test_a_rank_that_the_tokens_do_not_determine_is_warned_of():
@@ -540,7 +552,7 @@ def test_a_profile_has_every_layer_site_and_rank():
     for at in ("block", "mlp", "attn"):
         for layer in range(3):
             assert table.loc[(at, layer, 1), "share"] < table.loc[(at, layer, 4), "share"] < table.loc[(at, layer, 32), "share"] == pytest.approx(1)
-    steering = fit_oracle(base, tuned, batches, rank=4, mode="parallel", holdout=0.2)
+    steering = fit_oracle(base, tuned, batches, rank=4, mode="teacher_forced", holdout=0.2)
     for row in steering.fit.rows: assert table.loc[("block", row["layer"], 4), "r2_held_out"] == pytest.approx(row["r2_held_out"], rel=1e-6)
 
 
