@@ -391,7 +391,9 @@ def token_weights(
     batch: Mapping[str, torch.Tensor],      # with labels, only labelled predictions count
     seed: int = 0,                          # of the labels that are drawn
 ) -> list[torch.Tensor]:
-    "For each block the trace of each token's Fisher information at its output, from one draw: (batch, seq), zero for padding."
+    """For each block how much a drawn prediction depends on each token's activation at its output: (batch, seq), zero for padding.
+
+    It is the norm of the log-likelihood's gradient there, scaled to mean 1 over the tokens of a sequence."""
     stack, seen, real = blocks(model), {}, real_tokens(batch)
     def watch(layer):
         place = locate(model, Site(layer, "block"), stack)
@@ -409,7 +411,8 @@ def token_weights(
         gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), [seen[layer] for layer in range(len(stack))])
     if any(g.shape[:2] != real.shape for g in gradients):
         raise OracleError(f"{type(model).__name__} does not keep its activations as (batch, seq, …): its tokens cannot be weighted")
-    return [g.to(_wide(g.dtype)).square().flatten(2).sum(-1) * real.to(g.device) for g in gradients]
+    norms = [g.to(_wide(g.dtype)).flatten(2).norm(dim=-1) * real.to(g.device) for g in gradients]
+    return [w * real.to(w.device).sum(1, keepdim=True) / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny) for w in norms]
 
 # %% ../nbs/11_oracle.ipynb #73ecd74d
 class _Both:
