@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import Adapter
+from .equivalence import _still
 from .hooks import capture, edit
 from .sites import Site, available_sites, blocks, hidden_size, locate, nearest
 from .steering import Steering, SteeringConfig, steer, steerings
@@ -45,13 +46,10 @@ def _check(steering: Steering, kinds: Sequence[str], sites: Sequence[str], into:
 @contextmanager
 def _plain(model: nn.Module):
     "While this is open: evaluation mode, no gradients, every steering off."
-    modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         for steering in steerings(model).values(): stack.enter_context(steering.disabled())
-        stack.enter_context(torch.no_grad())
-        try: yield model.eval()
-        finally:
-            for module, mode in modes.items(): module.training = mode
+        stack.enter_context(_still(model))
+        yield model
 
 def _probe(model: nn.Module) -> None:
     "A forward pass of four tokens."
@@ -518,9 +516,7 @@ def nearest_lora(
     batches, model, layers = _as_batches(batches), steering.model, [site.layer for site in steering.adapters]
     writers, parts, tokens = _writers(model, "block", layers), {}, 0
     affine = {site.layer: _affine(adapter) for site, adapter in steering.adapters.items()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with _still(model):
         fitted, together = {}, max(1, int(2 ** 27 / max(writer.matrix.shape[1] for writer in writers.values()) ** 2))
         for start in range(0, len(layers), together):
             found, tokens = _fit(steering, writers, affine, layers[start:start + together], batches, ridge, intercept)
@@ -531,8 +527,6 @@ def nearest_lora(
             parts[writers[layer]] = (A, factor * U, factor * (U @ guess + constant))
         lora = _lora(model, parts)
         return NearestLora(lora, *_errors(steering, writers, affine, lora, batches if test is None else _as_batches(test)), tokens)
-    finally:
-        for module, mode in modes.items(): module.training = mode
 
 def _errors(steering: Steering, writers: dict[int, _Projection], affine: dict, lora: Lora, batches: list[Mapping]) -> tuple[dict, dict, float, float]:
     "The error figures of `NearestLora` on these batches."

@@ -224,28 +224,44 @@ def _tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return tokens
 
 @contextmanager
-def _ready(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[dict]:
-    "The arguments for a forward pass without labels and cache, in evaluation mode and by operations that can be differentiated forwards."
-    device, takes = model.get_input_embeddings().weight.device, inspect.signature(_inner(model).forward).parameters
+def _still(*models: nn.Module, grad: bool = False) -> Iterator[None]:
+    "While this is open, the models are in evaluation mode, and gradients are off (or on)."
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models: model.eval()
+        with torch.set_grad_enabled(grad): yield
+    finally:
+        for module, mode in modes: module.training = mode
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    "Whether the model's forward, or that of the model inside PEFT's wrapper, names this argument."
+    return argument in inspect.signature((model.get_base_model() if hasattr(model, "get_base_model") else model).forward).parameters
+
+@contextmanager
+def _told(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[dict]:
+    "The arguments for a forward pass without labels and cache, on the model's device; the labels tell steerings where prompts end."
+    weight, labels = model.get_input_embeddings().weight, batch.get("labels")
     _tokens(batch)
-    inputs = {name: tensor.to(device) if isinstance(tensor, torch.Tensor) else tensor for name, tensor in batch.items() if name != "labels"}
-    if "use_cache" in takes: inputs["use_cache"] = False
-    modes, experts = [(module, module.training) for module in model.modules()], getattr(model.config, "_experts_implementation", None)
+    inputs = {name: value.to(weight.device) if isinstance(value, torch.Tensor) and not weight.is_meta else value
+              for name, value in batch.items() if name != "labels"}
+    if _takes(model, "use_cache"): inputs["use_cache"] = False
+    if labels is None: yield inputs; return
+    labelled = labels != -100
+    ends = torch.where(labelled.any(1), labelled.int().argmax(1), labelled.shape[1])
+    with prompt_ends(model, ends if weight.is_meta else ends.to(weight.device)): yield inputs
+
+@contextmanager
+def _ready(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[dict]:
+    "The arguments for a forward pass in evaluation mode, by operations that can be differentiated forwards."
+    experts = getattr(model.config, "_experts_implementation", None)
     with ExitStack() as stack:
-        if batch.get("labels") is not None:
-            labelled = batch["labels"].to(device) != -100
-            stack.enter_context(prompt_ends(model, torch.where(labelled.any(1), labelled.int().argmax(1), labelled.shape[1])))
+        inputs = stack.enter_context(_told(model, batch))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if experts not in (None, "eager"):
             model.set_experts_implementation("eager")
             stack.callback(model.set_experts_implementation, experts)
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
-        model.eval()
+        stack.enter_context(_still(model))
         yield inputs
-
-def _inner(model: nn.Module) -> nn.Module:
-    "The model inside PEFT's wrapper, or the model."
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/10_equivalence.ipynb #31242ce8
 def _layers_of(model: nn.Module) -> dict[str, int | None]:
@@ -518,7 +534,7 @@ def order_of_error(
     if layer is None: first = first_order_logits(model, update, batch, dtype)
     else: first = block_shift(model, layer, update, batch, at, dtype)
     inside = update if layer is None else _only(update, (name for name, owner in _layers_of(model).items() if owner == layer and name in update))
-    with _ready(model, batch) as inputs, torch.no_grad():
+    with _ready(model, batch) as inputs:
         def value(scale):
             with _moved(model, _tangents(model, inside, dtype)(lambda p, t: p + scale * t)):
                 if layer is None: return model(**inputs).logits
@@ -579,7 +595,7 @@ def mlp_share(
     sums, count = {}, 0
     for batch in batches:
         real = real_tokens(batch)
-        with _ready(model, batch) as inputs, torch.no_grad(), capture(model, at=("block", "mlp"), positions=real) as acts: model(**inputs)
+        with _ready(model, batch) as inputs, capture(model, at=("block", "mlp"), positions=real) as acts: model(**inputs)
         count += int(real.sum())
         for site in acts:
             if site.at != "mlp": continue
@@ -617,7 +633,7 @@ def first_order_share(
     if by_layer: groups = {layer: _only(update, (n for n in update if owner.get(n) == layer)) for layer in sorted({owner.get(n) for n in update} - {None})}
     real, rows = real_tokens(batch), []
     def logits(part, scale):
-        with _ready(model, batch) as inputs, torch.no_grad(), _moved(model, _tangents(model, part, dtype)(lambda p, t: p + scale * t)):
+        with _ready(model, batch) as inputs, _moved(model, _tangents(model, part, dtype)(lambda p, t: p + scale * t)):
             return model(**inputs).logits
     base = logits(_only(update, ()), 0.0)
     for name, part in groups.items():
@@ -745,12 +761,7 @@ def site_scores(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise EquivalenceError(f"the rank is a whole number from 1, not {rank!r}")
     for batch in batches:
         real, seen = real_tokens(batch), {}
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.enable_grad(), _watched(model, wanted, seen): value = loss(model, batch) if loss else _own_loss(model, batch)
-        finally:
-            for module, mode in modes: module.training = mode
+        with _still(model, grad=True), _watched(model, wanted, seen): value = loss(model, batch) if loss else _own_loss(model, batch)
         _check_finite(seen, f"the activation in batch {count}")
         if not value.isfinite(): raise EquivalenceError(f"the loss of batch {count} is {float(value)}")
         gradients = torch.autograd.grad(value, list(seen.values()), allow_unused=True)

@@ -9,7 +9,6 @@ __all__ = ['RIDGES', 'MODES', 'WEIGHTS', 'OracleError', 'oracle_shifts', 'shifte
            'projector', 'pre_mlp_service', 'ErrorGrowth', 'draw_growth', 'error_growth']
 
 # %% ../nbs/11_oracle.ipynb #42085c9a
-import inspect
 import math
 import os
 import random
@@ -27,10 +26,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .adapters import Adapter, _times
-from .equivalence import EquivalenceError, _picture, real_tokens
+from .equivalence import EquivalenceError, _picture, _still, _Stop, _takes, _told, real_tokens
 from .hooks import capture, edit, read, write
 from .sites import SITES, Place, Site, SiteError, available_sites, blocks, check_place, hidden_size, locate
-from .steering import Steering, SteeringConfig, prompt_ends, steer
+from .steering import Steering, SteeringConfig, steer
 
 # %% ../nbs/11_oracle.ipynb #318db8df
 class OracleError(ValueError):
@@ -48,30 +47,9 @@ def _check_pair(base: nn.Module, tuned: nn.Module) -> None:
         if one[what] != other[what]: raise OracleError(f"the tuned model's {what} is {other[what]!r}, and the base's {one[what]!r}")
 
 # %% ../nbs/11_oracle.ipynb #aedc65fe
-@contextmanager
-def _still(*models: nn.Module, grad: bool = False) -> Iterator[None]:
-    "While this is open, the models are in evaluation mode, and gradients are off (or on)."
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models: model.eval()
-        with torch.set_grad_enabled(grad): yield
-    finally:
-        for module, mode in modes: module.training = mode
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    "Whether the model's forward, or that of the model inside PEFT's wrapper, names this argument."
-    return argument in inspect.signature((model.get_base_model() if hasattr(model, "get_base_model") else model).forward).parameters
-
 def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], **more):
     "One forward pass without labels and cache; the labels say where the prompts end, for steerings that ask."
-    weight, labels = model.get_input_embeddings().weight, batch.get("labels")
-    inputs = {name: value.to(weight.device) if isinstance(value, torch.Tensor) and not weight.is_meta else value
-              for name, value in batch.items() if name != "labels"}
-    if _takes(model, "use_cache"): inputs["use_cache"] = False
-    if labels is None: return model(**inputs, **more)
-    labelled = labels != -100
-    with prompt_ends(model, torch.where(labelled.any(1), labelled.int().argmax(1), labelled.shape[1]).to(weight.device)):
-        return model(**inputs, **more)
+    with _told(model, batch) as inputs: return model(**inputs, **more)
 
 # %% ../nbs/11_oracle.ipynb #540bd9e6
 def _laid(values: torch.Tensor, h: torch.Tensor, place: Place) -> torch.Tensor:
@@ -288,9 +266,6 @@ def spectrum(moments: Moments) -> torch.Tensor:
     return values / values.sum(-1, keepdim=True)
 
 # %% ../nbs/11_oracle.ipynb #858a2909
-class _Stop(Exception):
-    "Ends a forward pass when all that was wanted is known."
-
 @contextmanager
 def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     "While this is open, `forward` takes the place of the module's own; its hooks stay."
