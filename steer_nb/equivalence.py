@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from .hooks import capture, edit, read, write
+from .hooks import _first, capture, edit, read, write
 from .sites import Place, Site, SiteError, blocks, check_place, locate, nearest
 from .steering import prompt_ends
 
@@ -556,7 +556,8 @@ def mlp_jacobian(
     "A(u) = ∂y/∂u for each token: (tokens, hidden, hidden). In closed form for a gated MLP (T3), else by automatic differentiation."
     try: glu, _ = _glu(mlp)
     except EquivalenceError:
-        with torch.no_grad(): return torch.func.vmap(torch.func.jacrev(lambda x: mlp(x[None, None])[0, 0]))(u)
+        def one(x): return _first(mlp(x[None, None]))[0, 0]
+        return torch.stack([torch.autograd.functional.jacobian(one, x) for x in u.detach()])
     a_g, a_u = F.linear(u, glu.gate, glu.biases[0]), F.linear(u, glu.up, glu.biases[1])
     by_gate, by_up = _slope(glu.activation, a_g) * a_u, glu.activation(a_g)
     return torch.stack([glu.down @ (g[:, None] * glu.gate + s[:, None] * glu.up) for g, s in zip(by_gate, by_up)])

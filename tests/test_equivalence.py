@@ -280,12 +280,14 @@ def test_models_that_do_not_belong_together(tmp_path):
 
 # T3, T4
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3", "gpt2", "gpt_neox", "phi"])
+@pytest.mark.parametrize("model_type", TYPES)
 def test_reach_before_an_mlp(model_type):
     mlp = blocks(double(model_type))[0].mlp
     u = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda x: mlp(x[None, None])[0, 0], x) for x in u])
-    assert relative(mlp_jacobian(mlp, u), jacobian) < 1e-12
+    jacobian = mlp_jacobian(mlp, u)
+    for direction in torch.eye(32, dtype=torch.float64)[[0, 7, 31]]:                # central differences, which know no derivative
+        difference = (mlp((u + 1e-2 * direction)[None])[0] - mlp((u - 1e-2 * direction)[None])[0]) / 2e-2
+        assert relative(jacobian @ direction, difference) < 1e-3                    # third order; Mixtral's router is in float32
     shift = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     reach = pre_mlp_reach(mlp, u, shift)
     needed = torch.stack([torch.linalg.lstsq(a, d[:, None]).solution[:, 0] for a, d in zip(jacobian, shift)])
@@ -314,11 +316,11 @@ def test_share_of_the_mlp_and_padding(model_type):
     with pytest.raises(EquivalenceError): mlp_share(model, [])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("model_type", TYPES)
 def test_behind_a_silent_mlp_a_shift_is_the_same_for_all_tokens(model_type):
     model = double(model_type)
-    last = [p for p in blocks(model)[0].mlp.parameters() if p.ndim == 2][-1]
-    last.zero_()
+    for name, p in blocks(model)[0].mlp.named_parameters():
+        if any(last in name for last in ("down_proj", "c_proj.weight", "dense_4h_to_h.weight", "fc2.weight")): p.zero_()
     for site, varies in (("mlp", False), ("block", True)):
         steering = steer(model, SteeringConfig(site=site, kind="nonlinear", layers=[0], bias=True))
         with torch.no_grad():
