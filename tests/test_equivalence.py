@@ -404,3 +404,15 @@ def test_wrong_gradient_starts():
         with pytest.raises(SteeringError, match=words): steer(model, config, scores=given)
     with pytest.raises(SteeringError, match="did you mean"): SteeringConfig(init="gradiant")
     with pytest.raises(SteeringError, match="vector"): SteeringConfig(kind="vector", init="gradient")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_on_a_gpu(model_type):
+    model, other = double(model_type), double(model_type).cuda()
+    update = noise(model)
+    expected = equivalent_shifts(model, update, BATCH)
+    for site, shift in equivalent_shifts(other, update, BATCH).items(): assert shift.is_cuda and relative(shift.cpu(), expected[site]) < 1e-6
+    assert relative(first_order_logits(other, update, BATCH).cpu(), first_order_logits(model, update, BATCH)) < 1e-6
+    scores, on_gpu = site_scores(model, [LABELLED]), site_scores(other, [{name: tensor.cuda() for name, tensor in LABELLED.items()}])
+    assert all(on_gpu[site] == pytest.approx(scores[site], rel=1e-4) for site in scores.directions)
