@@ -90,7 +90,7 @@ def train(
     model: ModelName = "smollm2-135m",
     task: TaskName = "sst2",
     n_train: Size = None,
-    kind: Annotated[str, typer.Option(help="The shift: vector, linear, nonlinear or full.")] = "linear",
+    kind: Annotated[str, typer.Option(help="The shift: vector, linear, nonlinear, full or loreft.")] = "linear",
     site: Annotated[str, typer.Option(help="Where: block, mlp, attn or heads.")] = "block",
     rank: Annotated[int, typer.Option(help="Of linear and nonlinear.")] = 8,
     positions: Annotated[str, typer.Option(help="all, last, prompt, completion, prefix:k, suffix:k, prefix:k+suffix:k.")] = "all",
@@ -200,7 +200,8 @@ def distill(
         accuracy = f", accuracy {report[name]['accuracy']:.1%}" if examples else ""
         typer.echo(f"{name:12} KL to the tuned model {report[name]['kl']:.4f} nats per token{accuracy}")
     steering.save(output / "steering", overwrite=overwrite)
-    (output / "distill.json").write_text(json.dumps({**report, "layers": list(steering.fit.rows)}, indent=1), encoding="utf-8")
+    layers = [{key: None if value != value else value for key, value in row.items()} for row in steering.fit.rows]      # JSON has no NaN
+    (output / "distill.json").write_text(json.dumps({**report, "layers": layers}, indent=1, allow_nan=False), encoding="utf-8")
     typer.echo(f"saved in {output}")
 
 def _tuned(base: str, tuned: str):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import Adapter
-from .equivalence import _still
+from .equivalence import _still, _takes, _told
 from .hooks import capture, edit
 from .sites import Site, available_sites, blocks, hidden_size, locate, nearest
 from .steering import Steering, SteeringConfig, steer, steerings
@@ -135,7 +135,7 @@ def _arrives(model: nn.Module, layer: int, adding: Callable[[torch.Tensor], Abst
         constant = torch.randn(h.shape[-1], generator=torch.Generator().manual_seed(0)).to(h) * h.norm() / h.numel() ** 0.5
         with adding(constant), capture(model, layers=[layer]) as after: _probe(model)
     error = after[block].double() - h.double() - constant.double()
-    return bool(error.norm() <= 16 * torch.finfo(h.dtype).eps * h.double().norm())         # the rounding of two sums
+    return bool(error.norm() <= 2 * torch.finfo(h.dtype).eps * h.double().norm())          # the rounding of two sums
 
 @contextmanager
 def _adding(projection: _Projection, constant: torch.Tensor):
@@ -290,6 +290,8 @@ def to_lora(
 # %% ../nbs/12_convert.ipynb #07cee60a
 _UNUSUAL = {"use_dora": False, "bias": "none", "modules_to_save": None, "alpha_pattern": {}, "target_parameters": None, "layer_replication": None, "trainable_token_indices": None}
 
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")      # those that leave the base weights alone
+
 def _read_lora(folder: str | os.PathLike) -> Lora:
     "The LoRA in a folder that PEFT wrote, its scaling put into B. `ConvertError` if it is none, or does more."
     from peft import PeftConfig
@@ -299,6 +301,8 @@ def _read_lora(folder: str | os.PathLike) -> Lora:
     if config.peft_type != "LORA": raise ConvertError(f"{folder} holds a {config.peft_type.value} adapter, not a LoRA")
     odd = [name for name, usual in _UNUSUAL.items() if getattr(config, name, usual) not in (usual, None)]
     if odd: raise ConvertError(f"the LoRA in {folder} has {odd[0]}={getattr(config, odd[0])!r}, which is no change of B A in a weight")
+    if config.init_lora_weights not in _STARTS:
+        raise ConvertError(f"the LoRA in {folder} began as {config.init_lora_weights!r}, which changes the base weights too: merge it, and compare the weights")
     parts = {end: {key.removeprefix("base_model.model.").removesuffix(end): tensor.double() for key, tensor in tensors.items() if key.endswith(end)}
              for end in (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")}
     A, B, bias = parts.values()
@@ -442,7 +446,8 @@ def _reads(steering: Steering, writers: dict[int, _Projection], layers: Sequence
             if site.layer not in layers: continue
             stack.callback(adapter.register_forward_pre_hook(keep((site.layer, "h"))).remove)
             stack.callback(writers[site.layer].module.register_forward_pre_hook(keep((site.layer, "m"))).remove)
-        getattr(steering.model, "base_model", steering.model)(**batch)             # without the vocabulary's logits
+        with _told(steering.model, batch) as inputs:
+            steering.model(**inputs, **({"logits_to_keep": 1} if _takes(steering.model, "logits_to_keep") else {}))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten()
     for layer in layers:
         h, m = (seen[layer, part].flatten(0, -2)[mask.to(seen[layer, part].device)].cpu().double() for part in "hm")
@@ -495,7 +500,7 @@ def _with_lora(model: nn.Module, lora: Lora):
 def _outputs(model: nn.Module, batch: Mapping, layers: Sequence[int]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     "Block outputs by layer and logits of the real tokens: (tokens, hidden), (tokens, vocabulary)."
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    with torch.no_grad(), capture(model, layers=list(layers)) as acts: logits = model(**batch).logits
+    with torch.no_grad(), _told(model, batch) as inputs, capture(model, layers=list(layers)) as acts: logits = model(**inputs).logits
     return {site.layer: h[mask.to(h.device)].double() for site, h in acts.items()}, logits[mask.to(logits.device)]
 
 # %% ../nbs/12_convert.ipynb #42ed0a55

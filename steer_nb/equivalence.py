@@ -15,7 +15,7 @@ import math
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -69,6 +69,14 @@ def _glu(mlp: nn.Module) -> tuple[_Glu, tuple[str, str, str]]:
     gate, up, down, *biases = _glu_tensors(tensors, names)
     return _Glu(gate, up, down, tuple(biases), activation), names
 
+@torch.no_grad()
+def _is_formula(mlp: nn.Module, glu: _Glu, u: torch.Tensor) -> bool:
+    "Whether the module computes what its parts suggest: some have a norm or multipliers in between."
+    few = u.reshape(-1, u.shape[-1])[:4]
+    said = F.linear(glu.activation(F.linear(few, glu.gate, glu.biases[0])) * F.linear(few, glu.up, glu.biases[1]), glu.down, glu.biases[2])
+    found = _first(mlp(few[None]))[0]
+    return bool((found - said).norm() <= 64 * torch.finfo(u.dtype).eps ** 0.75 * found.norm())
+
 def _slope(activation: Callable, a: torch.Tensor) -> torch.Tensor:
     "σ'(a), element by element."
     with torch.enable_grad():
@@ -98,7 +106,10 @@ def glu_shift(
     Raises `EquivalenceError` if the MLP is not gated, or if a name or a shape in the update is not the MLP's."""
     glu, names = _glu(mlp)
     _check_update({name: parameter for name, parameter in mlp.named_parameters()}, update, type(mlp).__name__)
+    if not _is_formula(mlp, glu, u):
+        raise EquivalenceError(f"{type(mlp).__name__} does more than W_d(σ(W_g u) ⊙ W_u u); block_shift(…, at='mlp') works for any")
     delta = dict(zip(("gate", "up", "down", "gate_bias", "up_bias", "down_bias"), _glu_tensors(update, names)))
+    for name in update: _check_shape(name, update[name], dict(mlp.named_parameters())[name])
     def moved(part, x): return sum((F.linear(x, delta[part]) if delta[part] is not None else 0,
                                     delta[f"{part}_bias"] if delta[f"{part}_bias"] is not None else 0), torch.zeros_like(x[..., :1]))
     a_g, a_u = F.linear(u, glu.gate, glu.biases[0]), F.linear(u, glu.up, glu.biases[1])
@@ -112,13 +123,14 @@ def _check_update(parameters: Mapping[str, nn.Parameter], update: Mapping[str, t
     if not isinstance(update, Mapping) or not len(update): raise EquivalenceError(f"an update is a dict of parameter name to tensor with at least one entry, not {update!r:.60}")
     for name in update:
         if name not in parameters: raise EquivalenceError(f"{owner} has no parameter {name!r}{nearest(name, parameters)}")
-        if isinstance(update, dict): _check_shape(name, update[name], parameters[name])
+        if type(update) is not Update: _check_shape(name, update[name], parameters[name])
 
 def _check_shape(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     "The tensor, if it can be added to the parameter."
     if not isinstance(tensor, torch.Tensor) or tensor.shape != parameter.shape:
         shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise EquivalenceError(f"the update of {name!r} has shape {shape}, and the parameter {tuple(parameter.shape)}")
+    if not tensor.isfinite().all(): raise EquivalenceError(f"the update of {name!r} has values that are not finite")
     if not parameter.is_floating_point(): raise EquivalenceError(f"{name!r} is {parameter.dtype}: quantized weights cannot be moved")
     return tensor
 
@@ -142,13 +154,14 @@ class _Source:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
     tied: frozenset = frozenset()                    # names that are another name's tensor
+    in_memory: bool = False
 
 def _source(model: nn.Module | str | Path) -> _Source:
     "The weights of a model, or of a folder that `save_pretrained` wrote."
     if isinstance(model, nn.Module):
         every = dict(model.named_parameters(remove_duplicate=False))
         tied = frozenset(every) - {name for name, _ in model.named_parameters()}
-        return _Source(model.config.model_type, {n: tuple(p.shape) for n, p in every.items()}, lambda n: every[n].detach(), tied)
+        return _Source(model.config.model_type, {n: tuple(p.shape) for n, p in every.items()}, lambda n: every[n].detach(), tied, True)
     folder = Path(model)
     if not (folder / "config.json").exists(): raise EquivalenceError(f"{folder} is not a checkpoint: it has no config.json")
     where = {}
@@ -163,8 +176,11 @@ def _source(model: nn.Module | str | Path) -> _Source:
 def _check_pair(base: _Source, tuned: _Source) -> list[str]:
     "The names that both have, in the base's order; `EquivalenceError` if they are not the same architecture."
     if base.kind != tuned.kind: raise EquivalenceError(f"the tuned model is another architecture: {tuned.kind!r}, and the base is {base.kind!r}")
+    for one, other in ((base, tuned), (tuned, base)):
+        apart = [name for name in one.tied if name in other.shapes and name not in other.tied and other.in_memory]
+        if apart: raise EquivalenceError(f"{apart[0]!r} is tied to another weight in one of the two models only: an update of the other cannot say how it changed")
     unshared = sorted((set(base.shapes) ^ set(tuned.shapes)) - base.tied - tuned.tied)
-    unshared = [name for name in unshared if not name.endswith("lm_head.weight")]    # a checkpoint leaves a tied head out
+    if any(name.startswith("base_model.model.") for name in unshared): raise EquivalenceError("one of the two is a PeftModel: merge_and_unload() it, or call update_from_lora")
     if unshared: raise EquivalenceError(f"only one of the two models has {unshared[0]!r} ({len(unshared)} such tensors): they are not of one architecture")
     names = [name for name in base.shapes if name in tuned.shapes and name not in base.tied]
     for name in names:
@@ -187,7 +203,7 @@ def update_between(
         before = one.read(name)
         dtype = torch.promote_types(before.dtype, torch.float32)
         return other.read(name).to(before.device, dtype) - before.to(dtype)
-    changed = [name for name in _check_pair(one, other) if not torch.equal(one.read(name), other.read(name).to(one.read(name)))]
+    changed = [name for name in _check_pair(one, other) if difference(name).count_nonzero()]
     if not changed: raise EquivalenceError("the two models have the same weights: there is no update between them")
     return Update({name: lambda name=name: difference(name) for name in changed})
 
@@ -198,10 +214,17 @@ def update_from_lora(
     """ΔW = scale · B A of each layer that a LoRA adapts (arXiv 2106.09685), under the base model's parameter names.
 
     Raises `EquivalenceError` without LoRA layers, and for variants whose change is no such product (DoRA)."""
-    found = {}
+    found, advice = {}, "merge it, and call update_between(base, merged)"
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if config is None: raise EquivalenceError(f"this model has no LoRA called {adapter!r}: pass the PeftModel, and one of {', '.join(getattr(model, 'peft_config', {})) or 'its adapters'}")
+    more = {"bias": "none", "modules_to_save": None, "use_dora": False, "target_parameters": None}
+    odd = [name for name, usual in more.items() if getattr(config, name, usual) not in (usual, None, [])]
+    if odd: raise EquivalenceError(f"this LoRA has {odd[0]}={getattr(config, odd[0])!r}, which is more than a change of B A: {advice}")
+    if getattr(config, "init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal", "lora_ga"):
+        raise EquivalenceError(f"this LoRA began as {config.init_lora_weights!r}, which changes the base weights too: {advice}")
     for path, module in model.get_base_model().named_modules():
+        if adapter in getattr(module, "lora_embedding_A", {}): raise EquivalenceError(f"{path} is an embedding with a LoRA: {advice}")
         if adapter not in getattr(module, "lora_A", {}): continue
-        if getattr(module, "use_dora", {}).get(adapter): raise EquivalenceError(f"{path} uses DoRA: merge it, and call update_between(base, merged)")
         found[f"{path}.weight"] = lambda module=module: module.get_delta_weight(adapter).detach()
         if getattr(module.lora_B[adapter], "bias", None) is not None:
             found[f"{path}.bias"] = lambda module=module: (module.lora_B[adapter].bias * module.scaling[adapter]).detach()
@@ -217,6 +240,14 @@ def real_tokens(
     if isinstance(mask, torch.Tensor) and mask.ndim == 2: return mask.bool()
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
+def _laid(values: torch.Tensor, h: torch.Tensor, place: Place) -> torch.Tensor:
+    "Values by (batch, seq), laid out as the tokens of an activation are: the shape of `h` without (hidden) or (heads, head_dim)."
+    lead, values = h.shape[:-2] if place.side == "input" else h.shape[:-1], values.to(h.device)
+    if place.layout == "sequence first": values = values.T
+    if lead[0] == values.numel() and tuple(lead[:2]) != tuple(values.shape): values = values.flatten()      # all tokens in one row
+    if place.layout == "streams first": values = values[None]
+    return values.reshape(*values.shape, *[1] * (len(lead) - values.ndim)).expand(lead)
+
 def _tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     "The batch's tokens; `EquivalenceError` if it has none."
     tokens = next((batch[name] for name in ("input_ids", "inputs_embeds") if isinstance(batch.get(name), torch.Tensor)), None)
@@ -229,7 +260,7 @@ def _still(*models: nn.Module, grad: bool = False) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models: model.eval()
-        with torch.set_grad_enabled(grad): yield
+        with torch.inference_mode(False) if grad else nullcontext(), torch.set_grad_enabled(grad): yield
     finally:
         for module, mode in modes: module.training = mode
 
@@ -264,10 +295,12 @@ def _ready(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Iterator[dict
         yield inputs
 
 # %% ../nbs/10_equivalence.ipynb #31242ce8
-def _layers_of(model: nn.Module) -> dict[str, int | None]:
-    "For each parameter's name the layer that it is in, or None."
-    within = {id(p): layer for layer, block in enumerate(blocks(model)) for p in block.parameters()}
-    return {name: within.get(id(p)) for name, p in model.named_parameters()}
+def _layers_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    "For each parameter's name the layers that it is in: several, if they share it, or none."
+    within: dict[int, list[int]] = {}
+    for layer, block in enumerate(blocks(model)):
+        for p in block.parameters(): within.setdefault(id(p), []).append(layer)
+    return {name: tuple(within.get(id(p), ())) for name, p in model.named_parameters()}
 
 @contextmanager
 def _moved(
@@ -280,7 +313,8 @@ def _moved(
         for key, parameter in module._parameters.items():
             if parameter is not None: slots.setdefault(id(parameter), []).append((module, key))      # tied ones hang in several places
     groups: dict[int | None, list[str]] = {}
-    for name, layer in _layers_of(model).items(): groups.setdefault(layer, []).append(name)
+    for name, layers in _layers_of(model).items():
+        for layer in layers or (None,): groups.setdefault(layer, []).append(name)
     def put(name, tensor):
         for module, key in slots[id(parameters[name])]: module._parameters[key] = tensor
     def enter(layer):
@@ -312,6 +346,7 @@ def _no_forward_mode(error: Exception) -> bool:
 def _derivative(
     run: Callable[[Callable], dict],     # computes tensors by key, with parameters p moved along t by what it is given: move(p, t)
     step: Callable[[], float],           # for finite differences, if it comes to that
+    coarse: bool = False,                # whether the precision is too low for them
 ) -> tuple[dict, str]:
     "The directional derivative of each tensor, and how it was found: 'jvp', or finite differences where an operation has no rule."
     try:
@@ -321,6 +356,8 @@ def _derivative(
     except (NotImplementedError, RuntimeError) as error:
         if not _no_forward_mode(error): raise
         why = " ".join(str(error).split())[:120]
+    if coarse: raise EquivalenceError(f"an operation of this model has no forward-mode derivative ({why}), and finite differences say nothing "
+                                      "in half precision: pass dtype=torch.float32")
     warnings.warn(f"an operation of this model has no forward-mode derivative ({why}): finite differences are used instead", stacklevel=3)
     total, size = {}, step()
     with torch.no_grad():
@@ -339,7 +376,7 @@ def _blocks_held(model: nn.Module, inputs: dict, sites: Sequence[Site], hold: Ca
     places = {site: locate(model, site, stack) for site in sites}
     last = max(site.layer for site in sites)
     def keeper(site, place):
-        def keep(module, args, output=None): found[site] = read(place, args if place.side == "input" else output)
+        def keep(module, args, output=None): found[site] = read(place, args if place.side == "input" else output).clone()   # Falcon adds to it in place
         return place.module.register_forward_pre_hook(keep) if place.side == "input" else place.module.register_forward_hook(keep)
     def holder(layer):
         place = locate(model, Site(layer, "block"), stack)
@@ -383,6 +420,10 @@ def _step(model: nn.Module, update: Mapping[str, torch.Tensor]) -> float:
                        ((parameters[name] for name in update), (update[name] for name in update)))
     return 5e-3 * weights / change if change else 1.0
 
+def _coarse(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    "Whether a computation in this dtype, or the model's own, has less than float32's precision."
+    return torch.finfo(dtype or model.get_input_embeddings().weight.dtype).eps > torch.finfo(torch.float32).eps
+
 def _only(update: Mapping[str, torch.Tensor], names: Iterable[str]) -> Update:
     "The part of an update that has these names."
     return Update({name: lambda name=name: update[name] for name in names})
@@ -398,13 +439,14 @@ def equivalent_shifts(
     """The shift that each block's own update causes at first order, at the block's unperturbed input (T2, arXiv 2603.00425).
 
     Shapes as `capture` gives them: (batch, seq, hidden). All blocks take one forward pass with tangents; where an operation
-    has no forward-mode rule, finite differences with a warning, and `.method` says so. Raises `EquivalenceError` for a name
+    has no forward-mode rule, finite differences with a warning, and `.method` says so. What a block hands to later ones beside
+    the stream (a router's state, in Zaya) is not part of a shift. Raises `EquivalenceError` for a name
     or a shape that the model does not have and for an empty batch, `SiteError` for a site that it does not have."""
     _check_update(dict(model.named_parameters()), update, type(model).__name__)
     layer_of, stack = _layers_of(model), blocks(model)
-    outside = tuple(name for name in update if layer_of[name] is None)
+    outside = tuple(name for name in update if not layer_of[name])
     sites = _sites(model, at, layers)
-    inside = _only(update, (name for name in update if layer_of[name] in {site.layer for site in sites}))
+    inside = _only(update, (name for name in update if {site.layer for site in sites} & set(layer_of[name])))
     changes = _tangents(model, inside, dtype)
     with _ready(model, batch) as inputs:
         kept: dict[int, torch.Tensor] = {}
@@ -413,7 +455,7 @@ def equivalent_shifts(
             if not dual and not kept:
                 with _moved(model, changes(lambda p, t: p)): _blocks_held(model, inputs, sites, lambda layer, h: kept.setdefault(layer, h))
             with _moved(model, changes(move)): return _blocks_held(model, inputs, sites, lambda layer, h: h if dual else kept[layer])
-        found, method = _derivative(run, lambda: _step(model, inside))
+        found, method = _derivative(run, lambda: _step(model, inside), _coarse(model, dtype))
     _check_finite(found, "the shift")
     shifts = Shifts(found)
     shifts.method, shifts.outside = method, outside
@@ -477,7 +519,7 @@ def first_order_logits(
         def run(move):
             edits = {site: shifted(shift, move) for site, shift in update_or_shifts.items()} if by_site else {}
             with _moved(model, changes(move)), edit(model, edits): return {"logits": model(**inputs).logits}
-        found, method = _derivative(run, lambda: 5e-3 if by_site else _step(model, update_or_shifts))
+        found, method = _derivative(run, lambda: 5e-3 if by_site else _step(model, update_or_shifts), _coarse(model, dtype))
     found["logits"].method = method
     return found["logits"]
 
@@ -533,13 +575,14 @@ def order_of_error(
     real, scales = real_tokens(batch), [start / 2 ** k for k in range(halvings + 1)]
     if layer is None: first = first_order_logits(model, update, batch, dtype)
     else: first = block_shift(model, layer, update, batch, at, dtype)
-    inside = update if layer is None else _only(update, (name for name, owner in _layers_of(model).items() if owner == layer and name in update))
+    inside = update if layer is None else _only(update, (name for name, owners in _layers_of(model).items() if layer in owners and name in update))
     with _ready(model, batch) as inputs:
         def value(scale):
             with _moved(model, _tangents(model, inside, dtype)(lambda p, t: p + scale * t)):
                 if layer is None: return model(**inputs).logits
                 return _blocks_held(model, inputs, [Site(layer, at)], lambda _, h: h)[Site(layer, at)]
         base = value(0.0)
+        if not _norm(first, real): raise EquivalenceError(f"the update changes nothing at {'the logits' if layer is None else f'layer {layer}, {at!r}'}: there is no error to measure")
         errors = [_norm(value(scale) - base - scale * first, real) / _norm(first, real) for scale in scales]
     return OrderOfError(tuple(scales), tuple(errors), "the logits" if layer is None else f"{at} {layer}")
 
@@ -554,8 +597,9 @@ def mlp_jacobian(
     u: torch.Tensor,       # what it is given: (tokens, hidden)
 ) -> torch.Tensor:
     "A(u) = ∂y/∂u for each token: (tokens, hidden, hidden). In closed form for a gated MLP (T3), else by automatic differentiation."
-    try: glu, _ = _glu(mlp)
-    except EquivalenceError:
+    try: glu = _glu(mlp)[0]
+    except EquivalenceError: glu = None
+    if glu is None or not _is_formula(mlp, glu, u):
         def one(x): return _first(mlp(x[None, None]))[0, 0]
         return torch.stack([torch.autograd.functional.jacobian(one, x) for x in u.detach()])
     a_g, a_u = F.linear(u, glu.gate, glu.biases[0]), F.linear(u, glu.up, glu.biases[1])
@@ -629,9 +673,9 @@ def first_order_share(
     dtype: torch.dtype | None = None,
 ) -> FirstOrderShare:
     "The share of the true logit change that the first-order one explains, by size and layer. Errors as `equivalent_shifts`."
-    owner = _layers_of(model)
-    groups = {"all": update}
-    if by_layer: groups = {layer: _only(update, (n for n in update if owner.get(n) == layer)) for layer in sorted({owner.get(n) for n in update} - {None})}
+    _check_update(dict(model.named_parameters()), update, type(model).__name__)
+    owners, groups = _layers_of(model), {"all": update}
+    if by_layer: groups = {layer: _only(update, (n for n in update if layer in owners[n])) for layer in sorted({layer for n in update for layer in owners[n]})}
     real, rows = real_tokens(batch), []
     def logits(part, scale):
         with _ready(model, batch) as inputs, _moved(model, _tangents(model, part, dtype)(lambda p, t: p + scale * t)):
@@ -710,10 +754,9 @@ def _watched(model: nn.Module, sites: Sequence[Site], seen: dict) -> Iterator[No
         def hook(module, args, output=None):
             value = args if place.side == "input" else output
             tensor = value[0] if isinstance(value, (tuple, list)) else value
-            started = tensor if tensor.requires_grad else tensor.detach().requires_grad_().clone()
-            seen[site] = started
-            if started is tensor: return None
-            return type(value)((started, *value[1:])) if isinstance(value, (tuple, list)) else started
+            seen[site] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+            goes_on = seen[site].clone()                 # what comes after may add to it in place
+            return type(value)((goes_on, *value[1:])) if isinstance(value, (tuple, list)) else goes_on
         register = place.module.register_forward_pre_hook if place.side == "input" else place.module.register_forward_hook
         return register(hook)
     try:
@@ -725,12 +768,12 @@ def _watched(model: nn.Module, sites: Sequence[Site], seen: dict) -> Iterator[No
 def _outer(g: torch.Tensor, h: torch.Tensor, place: Place, real: torch.Tensor) -> torch.Tensor:
     "Σ g hᵀ over real tokens: (hidden, hidden), or (heads, head_dim, head_dim)."
     if place.parts: g, h = g.unflatten(-1, (place.parts, -1)), h.unflatten(-1, (place.parts, -1))
-    if place.layout == "sequence first": g, h = g.transpose(0, 1), h.transpose(0, 1)
-    if g.shape[:2] == real.shape: g, h = g[real.to(g.device)], h[real.to(h.device)]
+    mask = _laid(real, h, place)
+    g, h = g[mask], h[mask]
     kind = torch.promote_types(g.dtype, torch.float32)
     g, h = g.to(kind), h.to(kind)
     if place.side == "input": return torch.einsum("thi,thj->hij", g, h).double()
-    return (g.flatten(0, -2).mT @ h.flatten(0, -2)).double()
+    return (g.mT @ h).double()
 
 def _leading(gradient: torch.Tensor, rank: int) -> Directions:
     "The leading singular triplets: all of a small matrix's, else by randomised subspace iteration."
@@ -778,4 +821,5 @@ def site_scores(
 def _own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     "What the model computes from labels."
     if batch.get("labels") is None: raise EquivalenceError("the batch has no labels: add them, or pass loss=")
-    return model(**batch).loss
+    labels = batch["labels"].masked_fill(~real_tokens(batch).to(batch["labels"].device), -100)      # padding is never predicted
+    return model(**{**batch, "labels": labels}).loss

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .adapters import Adapter, _times
-from .equivalence import EquivalenceError, _picture, _still, _Stop, _takes, _told, real_tokens
+from .equivalence import EquivalenceError, _laid, _picture, _still, _Stop, _takes, _told, real_tokens
 from .hooks import capture, edit, read, write
 from .sites import SITES, Place, Site, SiteError, available_sites, blocks, check_place, hidden_size, locate
 from .steering import Steering, SteeringConfig, steer
@@ -52,14 +52,6 @@ def _run(model: nn.Module, batch: Mapping[str, torch.Tensor], **more):
     with _told(model, batch) as inputs: return model(**inputs, **more)
 
 # %% ../nbs/11_oracle.ipynb #540bd9e6
-def _laid(values: torch.Tensor, h: torch.Tensor, place: Place) -> torch.Tensor:
-    "Values by (batch, seq), laid out as the tokens of an activation are: the shape of `h` without (hidden) or (heads, head_dim)."
-    lead, values = h.shape[:-2] if place.side == "input" else h.shape[:-1], values.to(h.device)
-    if place.layout == "sequence first": values = values.T
-    if lead[0] == values.numel() and tuple(lead[:2]) != tuple(values.shape): values = values.flatten()      # all tokens in one row
-    if place.layout == "streams first": values = values[None]
-    return values.reshape(*values.shape, *[1] * (len(lead) - values.ndim)).expand(lead)
-
 def _wide(dtype: torch.dtype) -> torch.dtype: return torch.promote_types(dtype, torch.float32)
 
 def oracle_shifts(
@@ -485,9 +477,9 @@ def _shape(kind: str, rank: int, width: int, bias: bool) -> tuple[int, bool]:
     "The rank of the map that an adapter of this kind holds, and whether it has a constant."
     return {"linear": (rank, bias), "vector": (0, True), "full": (width, False)}[kind]
 
-def tokens_needed(rank: int, width: int) -> int:
-    "The fewest tokens that determine an affine map of this rank: r (2d − r) + d free numbers, and d a token."
-    return math.ceil((rank * (2 * width - rank) + width) / width)
+def tokens_needed(width: int, kind: str = "linear", bias: bool = True) -> int:
+    "The fewest tokens that determine an affine map of activations of this width, of any rank: below it, only the ridge decides about the rest."
+    return 1 if kind == "vector" else width + (bias and kind == "linear")
 
 def _truncated(train: Moments, fitted: LinearMap, rank: int) -> LinearMap:
     "The best affine map of a lower rank at the same ridge: the first columns, with the constant that goes with them."
@@ -567,8 +559,8 @@ def _fit(steering: Steering, both: _Both, mode: str, ridges: Sequence[float]) ->
                      "ridge": ridge, "tokens": train.tokens, "held_out": held.tokens, "size": _size(train),
                      "top": float(spectra[site][..., :rank].sum(-1).mean())})
     for site, adapter in steering.adapters.items(): _put(adapter, config.kind, maps[site])
-    needed = tokens_needed(rank, adapter.shape[-1])
-    if fewest < needed: warnings.warn(f"{int(fewest)} tokens do not determine a map of rank {rank}: it takes {needed} at least", stacklevel=3)
+    needed = tokens_needed(adapter.shape[-1], config.kind, config.bias)
+    if fewest < needed: warnings.warn(f"{int(fewest)} tokens do not determine a map of rank {rank}: it takes {needed}, and below that the ridge decides", stacklevel=3)
     kind = f"{config.kind} rank {config.rank}" if config.kind == "linear" else config.kind
     return OracleFit(tuple(rows), spectra, f"{kind} at {config.site!r}, {mode.replace('_', '-')}")
 
@@ -620,13 +612,17 @@ def shift_profile(
     for at in sites:
         if not has[check_place(at)]: locate(base, Site(0, at))           # says why
     data.need_held()
-    layers, rows, spectra = sorted({layer for at in sites for layer in has[at]}), [], {}
+    if not any(1 <= rank <= hidden_size(base) for rank in ranks): raise OracleError(f"none of the ranks {tuple(ranks)} is from 1 to the {hidden_size(base)} dimensions of the activation")
+    layers, rows, spectra = range(max(layer for at in sites for layer in has[at]) + 1), [], {}
     with _still(base, tuned), tempfile.TemporaryDirectory() as folder:
-        both = _Both(base, tuned, data, folder, sites, layers)
-        for layer in layers:
-            for site, (train, held) in both.collect(layer, [at for at in sites if layer in has[at]], force="block").items():
+        both = _Both(base, tuned, data, folder, {*sites, "block"}, layers)
+        for layer in layers:                                             # every block is forced, also one without a site
+            found = both.collect(layer, [at for at in sites if layer in has[at]] or ["block"], force="block")
+            for site, (train, held) in found.items():
+                if site.at not in sites: continue
                 spectra[site] = spectrum(train)
-                possible = [rank for rank in ranks if rank <= spectra[site].shape[-1]]
+                possible = [rank for rank in ranks if 1 <= rank <= spectra[site].shape[-1]]
+                if not possible: continue
                 largest = fit_maps(train, max(possible), RIDGES)
                 for rank in possible:
                     fitted, ridge = _best([_truncated(train, one, rank) for one in largest], held, RIDGES)
@@ -686,7 +682,7 @@ def pre_mlp_service(
 class ErrorGrowth:
     "Errors of a steered model against the tuned one, by block and sequence: (blocks, batch) each."
     local: torch.Tensor        # ε_l: of the steered block on the tuned prefix
-    factor: torch.Tensor       # 1 + L_l: how much the block stretches the error that comes in; 1 where none does
+    factor: torch.Tensor       # how much the block stretches this error as it comes in: the least that 1 + L_l can be; 1 where none comes in
     measured: torch.Tensor     # ‖h_l − h_l of the tuned model‖
     size: torch.Tensor         # ‖h_l of the tuned model‖
 
@@ -724,7 +720,10 @@ def error_growth(
     tuned: nn.Module,
     batch: Mapping[str, torch.Tensor],
 ) -> ErrorGrowth:
-    "The error of a steered model by block, measured and bounded (T10, arXiv 2603.00425). Errors as `oracle_shifts`."
+    """The error of a steered model by block, measured and bounded (T10, arXiv 2603.00425). Errors as `oracle_shifts`.
+
+    The factors are those of this very error, not the worst over all inputs: so the bound is as tight as T10's can be, it holds by
+    the triangle inequality, and with true Lipschitz constants it would be looser."""
     shifts, real, stack = oracle_shifts(steered, tuned, batch), real_tokens(batch), blocks(steered)
     with _still(steered, tuned):
         with capture(steered) as own: _run(steered, batch)

@@ -507,3 +507,28 @@ def test_the_nearest_lora_is_refused():
     with pytest.raises(ConvertError, match="layer 1 'mlp' are not finite"): nearest_lora(steering, batch_of(2))
     steering.strength = 0.0
     with pytest.raises(ConvertError, match="strength is 0"): nearest_lora(steering, batch_of(2))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_that_changed_the_base_is_refused(start, tmp_path):
+    get_peft_model(made("llama").float(), LoraConfig(r=2, init_lora_weights=start, target_modules=["down_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ConvertError, match="changes the base weights too"): from_lora(made("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_that_weakens_its_sum_is_refused_in_every_precision(dtype, tmp_path):
+    model = made("llama", dtype)
+    vector = put(model, kind="vector", site="mlp", layers=[1])
+    assert to_control_vector(vector, tmp_path / "right.gguf").exists()
+    forward = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *args, **kwargs: forward(*args, **kwargs) * 0.9
+    with pytest.raises(ConvertError, match="does not come out"): to_control_vector(vector, tmp_path / "wrong.gguf")
+
+
+def test_the_nearest_lora_beside_a_steering_of_some_positions():
+    model = made("llama")
+    put(model, "other", kind="vector", positions="last")
+    steering = put(model, kind="linear", rank=2)
+    ids = torch.randint(3, 99, (8, 24), generator=torch.Generator().manual_seed(0))
+    found = nearest_lora(steering, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert found.tokens == ids.numel() and 0 < found.kl_unsteered

@@ -372,12 +372,24 @@ def test_a_fit_brings_the_base_nearer():
 
 def test_a_rank_that_the_tokens_do_not_determine_is_warned_of():
     base, tuned = pair()
-    assert tokens_needed(8, 32) == math.ceil((8 * (64 - 8) + 32) / 32) == 15 and tokens_needed(32, 32) == 33 and tokens_needed(0, 32) == 1
-    with pytest.warns(UserWarning, match="9 tokens do not determine a map of rank 8: it takes 15"):
+    assert tokens_needed(32) == 33 and tokens_needed(32, bias=False) == tokens_needed(32, "full") == 32 and tokens_needed(32, "vector") == 1
+    with pytest.warns(UserWarning, match="9 tokens do not determine a map of rank 8: it takes 33"):
         fit_oracle(base, tuned, [{"input_ids": LONG[:1]}], rank=8, ridge=0.1, holdout=0).remove()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit_oracle(base, tuned, [{"input_ids": LONG}], rank=8)
+
+
+def test_fewer_tokens_than_dimensions_fit_but_do_not_carry_over():
+    "What the warning is about: an exact map of rank 2, seen at 20 and at 33 tokens of 32 dimensions."
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(32, 2, generator=generator, dtype=torch.float64) @ torch.randn(2, 32, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(200, 32, generator=generator, dtype=torch.float64)
+    others = Moments().add(tokens[100:], tokens[100:] @ matrix.T)
+    for count, low, high in ((20, -10, 0.9), (33, 1 - 1e-8, 1.1)):
+        seen = Moments().add(tokens[:count], tokens[:count] @ matrix.T)
+        fitted, = fit_maps(seen, 2)
+        assert r2(seen, fitted) > 1 - 1e-8 and low < r2(others, fitted) < high
 
 
 def test_other_steerings_stay_on_and_count():
@@ -555,6 +567,16 @@ def test_a_profile_has_every_layer_site_and_rank():
             assert table.loc[(at, layer, 1), "share"] < table.loc[(at, layer, 4), "share"] < table.loc[(at, layer, 32), "share"] == pytest.approx(1)
     steering = fit_oracle(base, tuned, batches, rank=4, mode="teacher_forced", holdout=0.2)
     for row in steering.fit.rows: assert table.loc[("block", row["layer"], 4), "r2_held_out"] == pytest.approx(row["r2_held_out"], rel=1e-6)
+
+
+def test_a_profile_forces_blocks_without_the_site_too():
+    base = tiny_model("lfm2").double()
+    tuned = noisy(base)
+    batches = [{"input_ids": LONG}, {"input_ids": LONG + 1}]
+    alone, among = (shift_profile(base, tuned, batches, sites=sites, ranks=(1, 2)).frame() for sites in (("attn",), ("block", "attn")))
+    among = among[among.site == "attn"].reset_index(drop=True)
+    assert len(alone) == len(among) > 0 and np.allclose(alone["size"], among["size"], rtol=1e-9) and np.allclose(alone["r2"], among["r2"], atol=1e-9)
+    with pytest.raises(OracleError, match="none of the ranks"): shift_profile(base, tuned, batches, ranks=(64,))
 
 
 def test_service_of_a_map_before_the_mlp():
