@@ -123,7 +123,7 @@ def _check_update(parameters: Mapping[str, nn.Parameter], update: Mapping[str, t
     if not isinstance(update, Mapping) or not len(update): raise EquivalenceError(f"an update is a dict of parameter name to tensor with at least one entry, not {update!r:.60}")
     for name in update:
         if name not in parameters: raise EquivalenceError(f"{owner} has no parameter {name!r}{nearest(name, parameters)}")
-        if type(update) is not Update: _check_shape(name, update[name], parameters[name])
+        if isinstance(update, dict): _check_shape(name, update[name], parameters[name])
 
 def _check_shape(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     "The tensor, if it can be added to the parameter."
