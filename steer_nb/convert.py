@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import Adapter
-from .equivalence import _still, _takes, _told
+from .equivalence import _STARTS, _still, _takes, _told
 from .hooks import capture, edit
 from .sites import Site, available_sites, blocks, hidden_size, locate, nearest
 from .steering import Steering, SteeringConfig, steer, steerings
@@ -289,8 +289,6 @@ def to_lora(
 
 # %% ../nbs/12_convert.ipynb #07cee60a
 _UNUSUAL = {"use_dora": False, "bias": "none", "modules_to_save": None, "alpha_pattern": {}, "target_parameters": None, "layer_replication": None, "trainable_token_indices": None}
-
-_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")      # those that leave the base weights alone
 
 def _read_lora(folder: str | os.PathLike) -> Lora:
     "The LoRA in a folder that PEFT wrote, its scaling put into B. `ConvertError` if it is none, or does more."

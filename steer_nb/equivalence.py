@@ -207,6 +207,8 @@ def update_between(
     if not changed: raise EquivalenceError("the two models have the same weights: there is no update between them")
     return Update({name: lambda name=name: difference(name) for name in changed})
 
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")      # of a LoRA: those that leave the base weights alone
+
 def update_from_lora(
     model: nn.Module,            # a PeftModel
     adapter: str = "default",    # which of its LoRA adapters
@@ -220,7 +222,7 @@ def update_from_lora(
     more = {"bias": "none", "modules_to_save": None, "use_dora": False, "target_parameters": None}
     odd = [name for name, usual in more.items() if getattr(config, name, usual) not in (usual, None, [])]
     if odd: raise EquivalenceError(f"this LoRA has {odd[0]}={getattr(config, odd[0])!r}, which is more than a change of B A: {advice}")
-    if getattr(config, "init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal", "lora_ga"):
+    if getattr(config, "init_lora_weights", True) not in _STARTS:
         raise EquivalenceError(f"this LoRA began as {config.init_lora_weights!r}, which changes the base weights too: {advice}")
     for path, module in model.get_base_model().named_modules():
         if adapter in getattr(module, "lora_embedding_A", {}): raise EquivalenceError(f"{path} is an embedding with a LoRA: {advice}")
