@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .steering import prompt_ends
 from .tasks import Encoded, Example, Task, encode_choices, encode_prompt, pad_batch
-from .train import accepts, context_length, logits_at
+from .train import Method, accepts, as_method, context_length, logits_at
 
 # %% ../nbs/23_evaluate.ipynb #b4b8e818
 class EvaluateError(ValueError):
@@ -392,7 +392,7 @@ def _record(example: Example, prediction: int | str | None, detail: dict) -> dic
 
 # %% ../nbs/23_evaluate.ipynb #06dfd610
 def evaluate(
-    model: nn.Module,           # a causal language model of transformers, steered or not
+    model: nn.Module | Method,  # a causal language model of transformers, steered or not, or what `apply_method` made of one
     tokenizer,
     task: Task,
     split: str = "test",
@@ -404,7 +404,7 @@ def evaluate(
     Raises `EvaluateError` for an unknown or empty split, an example with one choice, a context too short for an answer,
     or NaN logits, and `TaskError` if an example with its choices is longer than the model's context.
     """
-    examples, start = _examples(task, split), time.perf_counter()
+    model, examples, start = as_method(model).model, _examples(task, split), time.perf_counter()
     if task.metric == "choice":
         scores = choice_scores(model, tokenizer, examples, task.chat, batch_size, normalise)
         records = [_record(example, own.index(max(own)), {"scores": own}) for example, own in zip(examples, scores)]

@@ -64,18 +64,31 @@ def position_mask(
 # %% ../nbs/03_steering.ipynb #f2237949
 INITS = ("random", "gradient")
 
+def _check_heads(heads) -> tuple[tuple[int, int], ...]:
+    "(layer, head) pairs, in order; `SteeringError` if that is not what they are."
+    if isinstance(heads, str) or not isinstance(heads, Sequence) or not len(heads):
+        raise SteeringError(f"heads is a list of (layer, head) pairs, or None for all of them, not {heads!r}")
+    for pair in heads:
+        if not isinstance(pair, (tuple, list)) or [type(number) for number in pair] != [int, int] or min(pair) < 0:
+            raise SteeringError(f"a head is a (layer, head) pair of whole numbers from 0, not {pair!r}")
+    pairs = sorted(tuple(pair) for pair in heads)
+    repeated = sorted({pair for pair, following in zip(pairs, pairs[1:]) if pair == following})
+    if repeated: raise SteeringError(f"heads are repeated: {', '.join(map(str, repeated))}")
+    return tuple(pairs)
+
 @dataclass(frozen=True)
 class SteeringConfig:
     """What to put where. Checked when made: a wrong value raises a `ValueError` that names the right ones."""
     kind: str = "linear"          # the shift: one of `adapters.KINDS`
     site: str = "block"           # where: one of `sites.SITES`
-    rank: int = 8                 # of `linear`, `nonlinear` and `loreft`
+    rank: int = 8                 # of `linear`, `nonlinear`, `loreft` and `direft`
     layers: str | Sequence[int] = "all"   # "all" (that have the site), or some
     positions: str = "all"        # all, last, prompt, completion, prefix:k, suffix:k or prefix:k+suffix:k
     activation: str = "silu"      # of `nonlinear`: one of `adapters.ACTIVATIONS`
-    bias: bool = False            # of `linear` and `nonlinear`; LoReFT always has its own
-    seed: int = 0                 # of the random start of D, or of R
+    bias: bool = False            # of `linear` and `nonlinear`; LoReFT and DiReFT always have their own
+    seed: int = 0                 # of the random start of D, R or W₁
     init: str = "random"          # the start of D: "random", or "gradient": the directions that `equivalence.site_scores` found
+    heads: Sequence[tuple[int, int]] | None = None   # at the site `heads`: only these (layer, head) pairs; None: every head
 
     def __post_init__(self):
         check_adapter(self.kind, self.rank, self.activation)
@@ -87,6 +100,10 @@ class SteeringConfig:
         if self.init not in INITS: raise SteeringError(f"no init {self.init!r}: there are {', '.join(INITS)}{nearest(self.init, INITS)}")
         if self.init == "gradient" and self.kind not in ("linear", "nonlinear"):
             raise SteeringError(f"init='gradient' is for the kinds linear and nonlinear, which read directions, not for {self.kind!r}")
+        if self.heads is not None:
+            if self.site != "heads": raise SteeringError(f"heads are chosen at site='heads', not at {self.site!r}")
+            if self.layers != "all": raise SteeringError(f"heads name their layers themselves: leave out layers={self.layers!r}")
+            object.__setattr__(self, "heads", _check_heads(self.heads))
         if self.layers == "all": return
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not len(self.layers):
             raise SteeringError(f"layers is 'all' or a list of layer numbers, not {self.layers!r}")
@@ -210,18 +227,22 @@ def prompt_ends(
 class _Steer(nn.Module):
     "One adapter at one site, with what it takes to apply it."
 
-    def __init__(self, adapter: Adapter, site: Site, place: Place, positions: str, batch: _Batch):
+    def __init__(self, adapter: Adapter, site: Site, place: Place, positions: str, batch: _Batch, heads: Sequence[int] | None):
         super().__init__()
         self.adapter, self.site, self.positions, self.batch = adapter, site, positions, batch
         self.place, self.scale = replace(place, module=None, scale=1.0), place.scale
         self.strength, self.enabled = 1.0, True
+        device = next(adapter.parameters()).device
+        self.register_buffer("heads", None if heads is None else torch.tensor(heads, device=device), persistent=False)    # moves with the model
 
     def forward(self, value):
         "What the module was given or gave, with the activation in it shifted."
         if not self.enabled or self.strength == 0: return value
         h = read(self.place, value)
-        shift = self.adapter(h if self.scale == 1 else h * self.scale)       # in the units of the stream, and back again
-        shifted = torch.add(h, shift.to(h.dtype), alpha=self.strength / self.scale)
+        chosen = h if self.heads is None else h.index_select(-2, self.heads)
+        shift = self.adapter(chosen if self.scale == 1 else chosen * self.scale)       # in the units of the stream, and back again
+        shifted = torch.add(chosen, shift.to(h.dtype), alpha=self.strength / self.scale)
+        if self.heads is not None: shifted = h.index_copy(-2, self.heads, shifted)
         if self.positions != "all":
             shifted = torch.where(self.batch.mask(self.positions, h, self.place.layout), shifted, h)
         return write(self.place, value, shifted)
@@ -274,15 +295,24 @@ def _drop_hooks(module: nn.Module, *functions) -> None:
 def _sites(model: nn.Module, config: SteeringConfig) -> dict[Site, Place]:
     "The places that a configuration means in this model. Raises `SiteError` if one is missing, or if there is none."
     stack, found, missing = blocks(model), {}, None
-    for layer in range(len(stack)) if config.layers == "all" else config.layers:
+    named = None if config.layers == "all" else config.layers
+    if config.heads: named = sorted({layer for layer, _ in config.heads})
+    for layer in range(len(stack)) if named is None else named:
         try: found[Site(layer, config.site)] = locate(model, Site(layer, config.site), stack)
         except SiteError as error:
-            if config.layers != "all": raise
+            if named is not None: raise
             missing = error
     if not found: raise missing
     if len({id(place.module) for place in found.values()}) < len(found):
         raise SiteError(f"layers of this model share one module at {config.site!r}: a shift there would be made in several layers")
     return found
+
+def _heads(config: SteeringConfig, site: Site, place: Place) -> tuple[int, ...] | None:
+    "The heads of this layer that a configuration means; None for all of them. Raises `SteeringError` if the layer lacks one."
+    if config.heads is None: return None
+    heads = tuple(head for layer, head in config.heads if layer == site.layer)
+    if heads[-1] >= place.parts: raise SteeringError(f"head {heads[-1]}: layer {site.layer} has {place.parts} heads, 0 to {place.parts - 1}")
+    return heads
 
 def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     "Where an adapter for this module lives and in what precision: float64 in a float64 model, else float32."
@@ -295,7 +325,9 @@ def _build(model: nn.Module, config: SteeringConfig) -> list[tuple[Site, Place, 
     "New adapters for a configuration, not yet on the model. Seeded, whatever the state of the global generator."
     generator, stack, built = torch.Generator().manual_seed(config.seed), blocks(model), []
     for site, place in _sites(model, config).items():
-        adapter = make_adapter(config.kind, activation_shape(model, place), config.rank, config.activation, config.bias, generator)
+        shape, heads = activation_shape(model, place), _heads(config, site, place)
+        if heads is not None: shape = (len(heads), shape[-1])
+        adapter = make_adapter(config.kind, shape, config.rank, config.activation, config.bias, generator)
         device, dtype = _home(stack[site.layer])
         built.append((site, place, adapter.to(device, dtype).train(model.training)))
     return built
@@ -331,7 +363,7 @@ def _attach(model: nn.Module, name: str, config: SteeringConfig, built: list, fr
             if place.side == "input": place.module.register_forward_pre_hook(_steer_input)
         elif place.side == "input" and _steer_input not in place.module._forward_pre_hooks.values():
             place.module.register_forward_pre_hook(_steer_input)
-        place.module.steering[_key(name)] = _Steer(adapter, site, place, config.positions, registry.batch)
+        place.module.steering[_key(name)] = _Steer(adapter, site, place, config.positions, registry.batch, _heads(config, site, place))
     registry.configs[name] = config
     return Steering(model, name)
 
@@ -358,22 +390,25 @@ def steer(
     """Put a steering on a model: adapters that change nothing until they are trained.
 
     Several steerings at one site act in the order in which they were put on. Raises `SteeringError` for a name that is
-    taken or for scores that do not fit, `SiteError` for a site or layer that the model lacks, `AdapterError` for a rank
+    taken, for a head that the model lacks or for scores that do not fit, `SiteError` for a site or layer that the model lacks, `AdapterError` for a rank
     that is too large; the model is then as it was."""
     name, built = _check_name(model, name), _build(model, config)
-    if config.init == "gradient": _start_reading(built, config.rank, scores)
+    if config.init == "gradient": _start_reading(built, config, scores)
     elif scores is not None: raise SteeringError("scores are for SteeringConfig(init='gradient')")
     return _attach(model, name, config, built, freeze)
 
 @torch.no_grad()
-def _start_reading(built: list, rank: int, scores) -> None:
+def _start_reading(built: list, config: SteeringConfig, scores) -> None:
     "Let each adapter read the leading directions that were scored, scaled to the expected length of a random row."
     if scores is None: raise SteeringError("init='gradient' needs scores=site_scores(model, batches, loss)")
-    for site, _, adapter in built:
-        rows = scores.reading.get(site)
+    rank = config.rank
+    for site, place, adapter in built:
+        rows, heads = scores.reading.get(site), _heads(config, site, place)
         if rows is None: raise SteeringError(f"the scores do not have {site}: score sites=({site.at!r},) of this model")
         if rows.shape[-2] < rank: raise SteeringError(f"the scores hold {rows.shape[-2]} directions, and the adapters read {rank}: score with rank={rank}")
-        if (*rows.shape[:-2], rank, rows.shape[-1]) != tuple(adapter.down.shape): raise SteeringError(f"the scores at {site} are of another model: they have shape {tuple(rows.shape)}")
+        expected = adapter.down.shape if heads is None else (place.parts, *adapter.down.shape[1:])
+        if (*rows.shape[:-2], rank, rows.shape[-1]) != tuple(expected): raise SteeringError(f"the scores at {site} are of another model: they have shape {tuple(rows.shape)}")
+        if heads is not None: rows = rows[list(heads)]
         adapter.down.copy_(rows[..., :rank, :] / 3 ** 0.5)
 
 # %% ../nbs/03_steering.ipynb #ea764269
@@ -460,7 +495,8 @@ class Steering:
         config, layers = self.config, [site.layer for site in self.adapters]
         together = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
         where = f"layers {layers[0]}–{layers[-1]}" if together else f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-        rank = f" rank {config.rank}" if config.kind in ("linear", "nonlinear", "loreft") else ""
+        rank = f" rank {config.rank}" if config.kind in ("linear", "nonlinear", "loreft", "direft") else ""
+        if config.heads: where += f" ({len(config.heads)} head{'s' * (len(config.heads) > 1)})"
         state = "" if self.enabled and self.strength == 1 else f", strength {self.strength:g}" if self.enabled else ", disabled"
         return (f"Steering {self.name!r}: {config.kind}{rank} at {config.site!r}, {where}, positions {config.positions}, "
                 f"{self.num_parameters():,} parameters ({100 * self.share:.2g} %){state}")
@@ -512,7 +548,7 @@ def _detach(model: nn.Module, name: str) -> None:
         for caller in callers: del caller._steer_nb
 
 # %% ../nbs/03_steering.ipynb #bd7acc65
-SCHEMA = 2      # 1 had no `init`
+SCHEMA = 3      # 1 had no `init`, 1 and 2 no `heads`
 CONFIG_FILE, TENSOR_FILE = "steering_config.json", "steering.safetensors"
 
 def _sample(parameter: torch.Tensor, count: int = 16) -> list[float] | None:
@@ -594,7 +630,7 @@ def _read_config(path: Path) -> dict:
     _same_keys(path, "base.", content["base"], {"name", "model_type", "hidden_size", "layers", "fingerprint"})
     names = {field.name for field in fields(SteeringConfig)} | {"strength"}
     if not isinstance(content["steerings"], dict) or not content["steerings"]: raise SteeringError(f"{path} describes no steering")
-    later = {"init": "random"} if content["schema"] == 1 else {}
+    later = {field: default for last, field, default in ((1, "init", "random"), (2, "heads", None)) if content["schema"] <= last}
     for name, described in content["steerings"].items():
         _same_keys(path, f"steerings.{name}.", described, names - set(later))
         described.update(later)

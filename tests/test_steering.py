@@ -1,5 +1,7 @@
 "What a steered model must still do, with the real thing each time: compile, Trainer, PEFT, beam search, another process."
 import copy
+import json
+import pickle
 import subprocess
 import sys
 
@@ -7,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from steer_nb.sites import Site
+from steer_nb.adapters import KINDS
+from steer_nb.hooks import capture, edit
+from steer_nb.sites import Site, SiteError
 from steer_nb.steering import SteeringConfig, SteeringError, load_steering, prompt_ends, steer, steerings
 
 EVERY_POSITIONS = ("all", "last", "prompt", "completion", "prefix:2", "suffix:3", "prefix:1+suffix:2")
@@ -362,3 +366,201 @@ def test_new_loreft_changes_nothing_in_any_precision(dtype):
     base = model(input_ids=INPUT).logits
     steer(model, SteeringConfig(kind="loreft", rank=3))
     assert torch.equal(model(input_ids=INPUT).logits, base)
+
+
+CHOSEN = {0: (1,), 2: (0, 3)}                 # heads by layer, of a model with three layers of four heads
+HEADS = [(2, 3), (0, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("positions", ["all", "suffix:3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_heads_equal_a_hook_by_hand(kind, positions):
+    "Each chosen head is shifted by its own row of the adapter, at the columns chosen by hand; the others keep their bits."
+    model, bare = tiny(num_key_value_heads=2).double(), tiny(num_key_value_heads=2).double()        # four heads share two of keys and values
+    base = model(INPUT).logits
+    steering = steer(model, SteeringConfig(kind=kind, site="heads", heads=HEADS, rank=2, positions=positions))
+    for training in (True, False):
+        assert torch.equal(model.train(training)(INPUT).logits, base)
+    randomise(steering)
+    steering.strength = 0.5
+    columns = expected_columns(positions, 12, 12)
+    for layer, heads in CHOSEN.items():
+        adapter = steering.adapters[Site(layer, "heads")]
+        assert adapter.shape == (len(heads), 8)
+        def change(module, args, adapter=adapter, heads=heads):
+            new, shift = args[0].clone(), adapter(args[0].unflatten(-1, (4, 8))[..., list(heads), :])
+            for row, head in enumerate(heads):
+                for column in columns:
+                    new[:, column, 8 * head:8 * head + 8] += 0.5 * shift[:, column, row]
+            return (new,)
+        bare.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(change)
+    with torch.no_grad(), capture(model, "heads", layers=[0]) as steered:
+        logits = model(INPUT).logits
+    assert torch.allclose(logits, bare(INPUT).logits, atol=1e-6) and (logits - base).abs().max() > 1e-3    # RMSNorm computes in float32
+    with torch.no_grad(), steering.disabled(), capture(model, "heads", layers=[0]) as plain:
+        model(INPUT)
+    moved = (steered[Site(0, "heads")] != plain[Site(0, "heads")]).any(-1).any(0)
+    assert moved.tolist() == [[False, column in columns, False, False] for column in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["direft", "scale", "jola", "loreft"])
+def test_heads_in_half_precision(kind):
+    model = tiny().bfloat16()
+    base = model(INPUT).logits
+    steering = steer(model, SteeringConfig(kind=kind, site="heads", heads=HEADS, rank=2))
+    assert torch.equal(model(INPUT).logits, base) and {p.dtype for p in steering.parameters()} == {torch.float32}
+    model(INPUT, labels=INPUT).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in steering.parameters())
+    every = tiny().bfloat16()
+    whole = randomise(steer(every, SteeringConfig(kind=kind, site="heads", rank=2)))
+    model = tiny().bfloat16()
+    same = steer(model, SteeringConfig(kind=kind, site="heads", rank=2, heads=[(layer, head) for layer in range(3) for head in range(4)]))
+    for mine, other in zip(same.parameters(), whole.parameters()):
+        mine.data.copy_(other)
+    assert torch.equal(model(INPUT).logits, every(INPUT).logits)          # all heads by name are all heads, to the bit
+
+
+@pytest.mark.parametrize("kind", ["linear", "jola"])
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+def test_heads_under_gradient_checkpointing(kind, positions):
+    "The blocks are computed again with the same masks, and, in JoLA, the same gates."
+    labels = INPUT.clone()
+    labels[:, :5] = -100
+
+    def gradients(checkpointing):
+        model = tiny().train()
+        steering = randomise(steer(model, SteeringConfig(kind=kind, site="heads", rank=2, heads=HEADS, positions=positions)))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        model(INPUT, labels=labels).loss.backward()
+        return torch.cat([p.grad.flatten() for p in steering.parameters()])
+
+    plain = gradients(False)
+    assert plain.abs().sum() > 0 and torch.allclose(plain, gradients(True), atol=1e-7)
+
+
+def test_compile_with_heads_has_no_graph_break():
+    model = tiny()
+    randomise(steer(model, SteeringConfig(kind="jola", site="heads", heads=HEADS)))
+    expected = model(INPUT, use_cache=False).logits
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(INPUT, use_cache=False).logits
+    assert torch.allclose(compiled, expected, atol=1e-5)                  # other order of sums
+
+
+@pytest.mark.parametrize("heads", [None, HEADS])
+@pytest.mark.parametrize("kind", ["direft", "scale", "jola"])
+def test_new_kinds_and_heads_are_saved_and_loaded(tmp_path, kind, heads):
+    config = SteeringConfig(kind=kind, site="heads", rank=3, heads=heads)
+    model = tiny()
+    base = model(INPUT).logits
+    steering = randomise(steer(model, config))
+    assert ("(3 heads)" in repr(steering)) == (heads is not None) and ("direft rank 3" in repr(steering)) == (kind == "direft")
+    steering.save(tmp_path / "steering")
+    steered = model(INPUT).logits
+    assert (steered - base).abs().max() > 1e-4
+    other = tiny()
+    loaded = load_steering(other, tmp_path / "steering")
+    assert loaded.config == config and hash(loaded.config) == hash(config) and torch.equal(other(INPUT).logits, steered)
+    assert torch.equal(copy.deepcopy(other)(INPUT).logits, steered) and torch.equal(pickle.loads(pickle.dumps(other))(INPUT).logits, steered)
+    loaded.remove()
+    assert torch.equal(other(INPUT).logits, base)
+
+
+@pytest.mark.parametrize("schema, lacking", [(1, ("init", "heads")), (2, ("heads",))])
+def test_older_schemas_are_read(tmp_path, schema, lacking):
+    steering = randomise(steer(tiny(), SteeringConfig(site="heads", rank=2)))
+    steering.save(tmp_path)
+    path = tmp_path / "steering_config.json"
+    content = json.loads(path.read_text())
+    assert content["schema"] == 3
+    content["schema"] = schema
+    path.write_text(json.dumps(content))
+    with pytest.raises(SteeringError, match="unknown field"):             # a field that its schema did not have
+        load_steering(tiny(), tmp_path)
+    for field in lacking:
+        del content["steerings"]["default"][field]
+    path.write_text(json.dumps(content))
+    loaded = load_steering(tiny(), tmp_path)
+    assert loaded.config == steering.config and torch.equal(loaded.model(INPUT).logits, steering.model(INPUT).logits)
+    content["schema"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(SteeringError, match="lacks the field"):
+        load_steering(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("heads", ["all", [[0, 1], [0, 1]], [[0, 9]], [[0, None]], [[2, 3, 1]], {"0": 1}])
+def test_damaged_heads_are_refused(tmp_path, heads):
+    steer(tiny(), SteeringConfig(kind="vector", site="heads", heads=[(0, 1)])).save(tmp_path)
+    path = tmp_path / "steering_config.json"
+    content = json.loads(path.read_text())
+    content["steerings"]["default"]["heads"] = heads
+    path.write_text(json.dumps(content))
+    model = tiny()
+    with pytest.raises(SteeringError, match=r"^(heads are repeated|heads is a list|a head is a|head 9: layer 0 has 4)"):
+        load_steering(model, tmp_path)
+    assert not steerings(model)
+
+
+def test_heads_that_the_model_lacks():
+    model = tiny()
+    with pytest.raises(SteeringError, match="layer 1 has 4 heads, 0 to 3"):
+        steer(model, SteeringConfig(site="heads", rank=2, heads=[(0, 0), (1, 4)]))
+    with pytest.raises(SiteError, match="layer 3"):
+        steer(model, SteeringConfig(site="heads", rank=2, heads=[(3, 0)]))
+    assert not steerings(model)
+
+
+def test_heads_that_start_from_the_gradient():
+    "The chosen heads read what they would read among all of them."
+    from steer_nb.equivalence import site_scores
+    model = tiny()
+    scores = site_scores(model, [{"input_ids": INPUT, "labels": INPUT}], sites=("heads",), rank=2)
+    whole = steer(tiny(), SteeringConfig(site="heads", rank=2, init="gradient"), scores=scores)
+    some = steer(model, SteeringConfig(site="heads", rank=2, init="gradient", heads=HEADS), scores=scores)
+    assert list(some.adapters) == [Site(layer, "heads") for layer in CHOSEN]
+    for site, adapter in some.adapters.items():
+        assert torch.equal(adapter.down, whole.adapters[site].down[list(CHOSEN[site.layer])])
+
+
+@pytest.mark.parametrize("heads", [None, [(0, 1), (1, 3)]])
+def test_heads_steered_after_peft_reach_the_lora(heads):
+    "The LoRA branch of the output projection reads the steered heads too: as in a model into which the LoRA is merged."
+    from peft import LoraConfig, get_peft_model
+    from steer_nb.zoo import tiny_model
+    adapted = get_peft_model(tiny_model("llama").double(), LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"])).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    base = adapted(input_ids=INPUT).logits
+    assert torch.allclose(merged(INPUT).logits, base, atol=1e-6)          # RMSNorm computes in float32
+    steering = randomise(steer(adapted, SteeringConfig(kind="linear", site="heads", rank=2, heads=heads)))
+
+    def shift(site):
+        chosen = list(range(4)) if heads is None else [head for layer, head in heads if layer == site.layer]
+        def change(h):
+            new = h.clone()
+            new[..., chosen, :] += steering.adapters[site](h[..., chosen, :])
+            return new
+        return change
+
+    with edit(merged, {site: shift(site) for site in steering.adapters}):
+        expected = merged(INPUT).logits
+    steered = adapted(input_ids=INPUT).logits
+    assert torch.allclose(steered, expected, atol=1e-6) and (steered - base).abs().max() > 1e-2
+    with steering.disabled(), edit(adapted, {site: shift(site) for site in steering.adapters}):
+        assert torch.allclose(adapted(input_ids=INPUT).logits, expected, atol=1e-6)
+    # had only the base weight read the shift, the logits would be others: here the hook is inside the LoRA layer
+    handles = [block.self_attn.o_proj.base_layer.register_forward_pre_hook(
+        lambda module, args, change=shift(Site(layer, "heads")): (change(args[0].unflatten(-1, (4, -1))).flatten(-2),))
+        for layer, block in enumerate(adapted.get_base_model().model.layers)]
+    with steering.disabled():
+        assert (adapted(input_ids=INPUT).logits - expected).abs().max() > 1e-3
+    for handle in handles:
+        handle.remove()
+    steering.remove()
+    assert torch.equal(adapted(input_ids=INPUT).logits, base)
