@@ -6,7 +6,7 @@
 __all__ = ['RATES', 'KEYS_AND_VALUES', 'METHODS', 'ALIASES', 'MethodError', 'MethodRow', 'LoFiT', 'JoLA', 'method_row',
            'method_size', 'apply_method', 'load_method']
 
-# %% ../nbs/25_methods.ipynb #026f8ba3
+# %% ../nbs/25_methods.ipynb #5ffc7845
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 import pandas as pd
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import adapter_size
@@ -77,7 +79,7 @@ def _all_size(model: nn.Module) -> int:
     "Every parameter once."
     return sum(parameter.numel() for parameter in model.parameters())
 
-# %% ../nbs/25_methods.ipynb #cc94e6b1
+# %% ../nbs/25_methods.ipynb #3a332ba7
 def _lora(model: nn.Module, rank: int, alpha: float | None, targets: str | Sequence[str], seed: int, dora: bool = False) -> Method:
     "PEFT's LoRA, or DoRA."
     return Method(lora_model(model, rank, targets, alpha, dora, seed))
@@ -90,7 +92,9 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> list[nn.Module]:
     return [module for path, module in named.items() if any(path == end or path.endswith(f".{end}") for end in ends)]
 
 def _lora_size(model: nn.Module, rank: int, targets: str | Sequence[str], dora: bool = False, **_) -> int:
-    "Σ rank · (in + out), and for DoRA out more."
+    "Σ rank · (in + out), and for DoRA out more. With experts PEFT adapts more and other layers: there it is counted, on a model without storage."
+    if get_checkpoint_conversion_mapping(model.config.model_type) is not None:
+        with torch.device("meta"): return Method(lora_model(AutoModelForCausalLM.from_config(model.config), rank, targets, dora=dora)).num_parameters
     return sum(rank * (_inputs(module) + _outputs(module)) + dora * _outputs(module) for module in _targets(model, targets))
 
 # %% ../nbs/25_methods.ipynb #c896dff3
