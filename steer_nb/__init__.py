@@ -18,7 +18,10 @@ _ROOMS = {
     "convert": ("ConvertError", "Lora", "NearestLora", "from_lora", "nearest_lora", "to_bias", "to_control_vector", "to_gguf_lora", "to_lora"),
     "assets": ("AssetError", "load_model"),
     "tasks": ("Example", "Task", "TaskError", "load_task", "task_batches"),
-    "train": ("Run", "TrainConfig", "TrainError", "fit", "tuned_copy"),
+    "train": ("Method", "Run", "TrainConfig", "TrainError", "fit", "tuned_copy"),
+    "joint": ("Halves", "JointConfig", "JointError", "halves"),     # `steer_nb.joint` is the module, as with evaluate
+    "methods": ("METHODS", "MethodError", "apply_method", "load_method"),
+    "experiments": ("Experiment", "PRESETS", "Spec", "Store", "dry_run", "run_grid"),
     "evaluate": ("Result",),        # `steer_nb.evaluate` is the module; the function is `steer_nb.evaluate.evaluate`
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

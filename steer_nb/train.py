@@ -207,7 +207,7 @@ class Method:
 
     def __init__(self, model: nn.Module, name: str = "trainable", options: dict | None = None, base: dict | None = None):
         self.model, self.name, self.options = model, name, dict(options or {})
-        self.base = base         # what identifies the model that it was made for, as in a steering's file
+        self.base = base         # what identifies the model that it was made for, as in a steering's file; None around a plain model
 
     def stages(self) -> Iterator[None]:
         "`fit` trains once for each item; what has to be done before and after a training stands around the `yield`."
@@ -647,7 +647,7 @@ def _write_output(run: Run, method: Method, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (STEERING_FOLDER, METHOD_FOLDER): shutil.rmtree(folder / name, ignore_errors=True)
         for name in (TENSOR_FILE, RUN_FILE): (folder / name).unlink(missing_ok=True)
-        if type(method) is not Method: save_method(method, folder / METHOD_FOLDER)
+        if method.base is not None: save_method(method, folder / METHOD_FOLDER)
         else:
             steered = _steering_parameters(model)
             rest = {name: parameter.detach().cpu().contiguous() for name, parameter in _trainable(model).items() if id(parameter) not in steered}
