@@ -1,0 +1,200 @@
+"What does not fit into the notebook of experiments: kills, several processes, a full disk, a GPU without room."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steer_nb import experiments
+from steer_nb.experiments import Arm, Experiment, ExperimentError, Spec, Store, do, plan, preset, run_grid, Job
+
+TASK = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}
+GRID = Experiment("grid", ("tiny-llama",), {"listops": TASK},
+                  {"linear": Arm("post_block_linear", (1e-2, 3e-2), {"rank": 2}), "lora": Arm("lora", (1e-2,), {"rank": 2}), "joint": Arm("joint", (1e-2,), {"rank": 2, "weight_rank": 2})},
+                  {"max_steps": 3, "batch_size": 16}, sweep_seeds=(0, 1), seeds=(0, 1), widen=0)
+SCRIPT = '''
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[2])
+from test_experiments import GRID
+from steer_nb.experiments import run_grid
+if __name__ == "__main__": run_grid(GRID, sys.argv[1], processes=int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+'''
+HERE = os.path.dirname(__file__)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+def start(store, *more, tmp_path):
+    script = tmp_path / "grid.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, script, store, HERE, *map(str, more)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def outcome(store) -> dict:
+    "What the records say, without times, memory and dates."
+    varying = {"seconds", "memory", "date"}
+    return {(r["kind"], r["id"]): {key: value for key, value in r.items() if key not in varying} for r in Store(store).records()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The grid in one go."
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    run_grid(GRID, folder, say=None)
+    return folder
+
+
+def test_a_killed_grid_goes_on_and_ends_the_same(whole, tmp_path):
+    folder = tmp_path / "killed"
+    for lines in (3, 6):                                        # killed twice, wherever it is then
+        process = start(folder, tmp_path=tmp_path)
+        while process.poll() is None and (not (folder / "runs.jsonl").exists() or (folder / "runs.jsonl").read_bytes().count(b"\n") < lines): time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for claim in (folder / "claims").iterdir(): os.utime(claim, (1, 1))       # a minute later
+    assert plan(GRID, Store(folder).records()) != []
+    process = start(folder, tmp_path=tmp_path)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert outcome(folder) == outcome(whole) and plan(GRID, Store(folder).records()) == []
+
+
+def test_two_processes_share_a_grid(whole, tmp_path):
+    process = start(tmp_path / "shared", 2, tmp_path=tmp_path)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    lines = [json.loads(line) for line in (tmp_path / "shared" / "runs.jsonl").read_text().splitlines()]
+    assert len({(line["kind"], line["id"]) for line in lines}) == len(lines), "something was done twice"
+    assert {key: record.get("accuracy") for key, record in outcome(tmp_path / "shared").items()} == {key: record.get("accuracy") for key, record in outcome(whole).items()}
+    assert not list((tmp_path / "shared" / "claims").iterdir())
+
+
+def test_a_launch_of_two_does_each_run_once_and_together(whole, tmp_path):
+    script = tmp_path / "grid.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path / "launch", HERE],
+                          env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "launch" / "runs.jsonl").read_text().splitlines()]
+    assert len({(line["kind"], line["id"]) for line in lines}) == len(lines)
+    runs = {line["id"]: line for line in lines if line["kind"] == "run"}
+    assert all(line["status"] == "done" and line["processes"] == 2 for line in runs.values()), lines
+    alone = {key[1]: record for key, record in outcome(whole).items() if key[0] == "run"}
+    assert runs.keys() == alone.keys()
+    assert all(abs(runs[key]["loss"] - alone[key]["loss"]) < 1e-4 for key in runs)       # sums in another order
+
+
+@pytest.mark.parametrize("room", [900, 1500])
+def test_a_full_disk_leaves_the_store_readable(tmp_path, room):
+    "A file-size limit is a full disk for one file: the write stops in the middle."
+    code = f'''
+import resource, signal, sys
+from steer_nb.experiments import Store, ExperimentError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = Store({str(tmp_path)!r})
+for number in range(3): store.append({{"kind": "run", "id": str(number), "text": "x" * 200}})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+try:
+    for number in range(3, 9): store.append({{"kind": "run", "id": str(number), "text": "x" * 200}})
+except ExperimentError as error: print(error)
+else: raise SystemExit("it was written")
+'''
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "make room and start again" in done.stdout, done.stdout + done.stderr
+    whole = Store(tmp_path).records()
+    assert [record["id"] for record in whole] == [str(number) for number in range(len(whole))] and 3 <= len(whole) < 9
+    assert (tmp_path / "runs.jsonl").read_bytes().endswith(b"\n")
+    Store(tmp_path).append({"kind": "run", "id": "later"})
+    assert len(Store(tmp_path).records()) == len(whole) + 1
+
+
+def test_ids_are_the_same_in_every_process():
+    code = "from steer_nb.experiments import preset, plan; print([job.spec.id for job in plan(preset('smoke'), [])])"
+    said = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": str(seed)}, capture_output=True, text=True, check=True).stdout for seed in (1, 2)}
+    assert len(said) == 1 and len(said.pop()) > 100
+
+
+def test_of_many_that_see_a_stale_claim_one_takes_it(tmp_path):
+    store = Store(tmp_path)
+    (tmp_path / "claims").mkdir()
+    for number in range(20):
+        path = tmp_path / "claims" / f"run-{number}"
+        path.touch()
+        os.utime(path, (1, 1))
+        with ThreadPoolExecutor(8) as pool: took = list(pool.map(lambda _: experiments._take(path, 60.0), range(8)))
+        assert sum(took) == 1, took
+    assert sorted(p.name for p in store.folder.joinpath("claims").iterdir()) == sorted(f"run-{number}" for number in range(20))
+
+
+def test_a_live_claim_is_respected_and_its_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "BEAT", 0.05)
+    store = Store(tmp_path)
+    with experiments.claimed(store, "a", stale=0.5) as mine:
+        assert mine
+        for _ in range(8):                                       # longer than it takes to go stale
+            time.sleep(0.15)
+            with experiments.claimed(store, "a", stale=0.5) as again: assert not again
+
+
+def test_a_test_without_its_training_trains_again(whole, tmp_path):
+    job = next(job for job in plan(GRID, [r for r in Store(whole).records() if r["kind"] != "test"]) if job.kind == "test" and job.spec.method == "joint")
+    record = do(Store(tmp_path), job, GRID.batch_size)
+    before = outcome(whole)["test", job.spec.id]
+    assert record["correct"] == before["correct"] and record["parts"] == before["parts"]
+
+
+def test_without_room_the_batch_is_halved_once(tmp_path, monkeypatch):
+    spec = next(job.spec for job in plan(GRID, []) if job.kind == "run")
+    own, calls = experiments.fit, []
+    def fit(method, tokenizer, task, config):
+        calls.append((config.batch_size, config.accumulation_steps))
+        if config.batch_size > small: raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(method, tokenizer, task, config)
+    monkeypatch.setattr(experiments, "fit", fit)
+    small = 8
+    record = do(Store(tmp_path), Job("run", spec), 16)
+    assert calls == [(16, 1), (8, 2)] and record["status"] == "done" and record["note"] == "out of memory with batch_size 16: 8, and 2 passes a step"
+    monkeypatch.setattr(experiments, "fit", own)
+    assert abs(record["loss"] - do(Store(tmp_path / "whole"), Job("run", spec), 16)["loss"]) < 1e-5       # the same steps, summed in another order
+    monkeypatch.setattr(experiments, "fit", fit)
+    small, calls[:] = 4, []
+    record = do(Store(tmp_path / "never"), Job("run", spec), 16)
+    assert calls == [(16, 1), (8, 2)] and record["status"] == "failed" and "OutOfMemoryError" in record["error"]
+
+
+def test_a_definition_may_grow_but_not_change(whole):
+    before = (whole / "runs.jsonl").read_bytes()
+    for changed in (dict(training={"max_steps": 4, "batch_size": 16}), dict(tasks={"listops": {**TASK, "n_test": 30}}),
+                    dict(arms={**GRID.arms, "lora": Arm("lora", (1e-2,), {"rank": 4})})):
+        with pytest.raises(ExperimentError, match="another experiment named 'grid'"): run_grid(replace(GRID, **changed), whole, say=None)
+    assert (whole / "runs.jsonl").read_bytes() == before
+    grown = replace(GRID, arms={**GRID.arms, "bitfit": Arm("bitfit", (1e-2,))})
+    store = Store(whole)
+    experiments._check_definition(grown, store)
+    assert {job.spec.method for job in plan(grown, store.records())} == {"bitfit"}
+
+
+def test_smoke_has_every_method_and_none_fails(tmp_path):
+    store = run_grid(preset("smoke"), tmp_path, say=None)
+    records = [record for record in store.records() if record["kind"] != "experiment"]
+    assert {record["spec"]["method"] for record in records} == {"zero_shot", *experiments.METHODS}
+    assert [record for record in records if record["status"] != "done"] == []
+    frame = experiments.table(preset("smoke"), store).frame
+    assert frame.accuracy.notna().all() and (frame.seeds == "1").all()
+
+
+def test_the_command_line(tmp_path):
+    def steer_nb(*arguments): return subprocess.run([os.path.join(os.path.dirname(sys.executable), "steer_nb"), *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
+    done = steer_nb("experiment", "smoke", "--store", tmp_path / "store", "--arms", "lora,post_block_linear")
+    assert done.returncode == 0 and "| tiny-llama | listops | post_block_linear |" in done.stdout, done.stdout + done.stderr
+    planned = steer_nb("experiment", "paper", "--dry-run")
+    assert planned.returncode == 0 and "meta-llama/Meta-Llama-3-8B" in planned.stdout and "hours" in planned.stdout
+    wrong = steer_nb("experiment", "smok")
+    assert wrong.returncode == 1 and "did you mean 'smoke'?" in wrong.stderr
