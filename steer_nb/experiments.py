@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'BEAT', 'STALE', 'LISTOPS', 'BED', 'BEDS', 'DRAWS', 'CLAIMS', 'FULL', 'WEIGHTS', 'SHIFTS', 'PRESETS',
            'TOKENS', 'EXAMPLES', 'PEAK', 'UTILISATION', 'SHAPES', 'ExperimentError', 'Spec', 'Store', 'claimed', 'Arm',
            'Experiment', 'Job', 'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base', 'load_bed', 'do',
-           'run_grid', 'Table', 'table', 'Verdict', 'settle', 'Claim', 'claims', 'preset', 'dry_run']
+           'run_grid', 'Table', 'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims', 'preset', 'dry_run']
 
 # %% ../nbs/30_experiments.ipynb #d78193ae
 import hashlib
@@ -191,7 +191,7 @@ class Job:
     @property
     def key(self) -> tuple[str, str]: return self.kind, self.spec.id
 
-# %% ../nbs/30_experiments.ipynb #9799221b
+# %% ../nbs/30_experiments.ipynb #d0c44067
 @dataclass(frozen=True)
 class Selection:
     "The learning rate of an arm, or what is missing to select it."
@@ -225,20 +225,17 @@ def _score(records: Sequence[dict]) -> tuple[float, float]:
     return sum(record["accuracy"] for record in records) / len(records), -sum(record["loss"] for record in records) / len(records)
 
 def plan(experiment: Experiment, records: Sequence[dict]) -> list[Job]:
-    "What is missing now, in the order to do it: sweeps seed by seed, then tests. It depends on nothing else."
+    "What is missing now, in the order to do it: one comparison after another, its sweep before its tests. It depends on nothing else."
     runs, tests = ({record["id"]: record for record in records if record["kind"] == kind} for kind in ("run", "test"))
-    sweeps, scored = [], []
-    for model in experiment.models:
-        scored += [Job("test", experiment.spec(model, task, "zero_shot", None, 0)) for task in experiment.tasks]
+    jobs = [Job("test", experiment.spec(model, task, "zero_shot", None, 0)) for model in experiment.models for task in experiment.tasks]
     for cell in experiment.cells():
         chosen = select(experiment, runs, *cell)
-        sweeps += [Job("run", spec) for spec in chosen.missing]
-        if chosen.lr is not None: scored += [Job("test", experiment.spec(*cell, chosen.lr, seed)) for seed in experiment.seeds]
-    order = {seed: place for place, seed in enumerate(experiment.sweep_seeds)}
-    jobs = sorted(sweeps, key=lambda job: order[job.spec.seed]) + [job for job in scored if job.spec.id not in tests]
+        jobs += [Job("run", spec) for spec in chosen.missing]
+        if chosen.lr is not None: jobs += [Job("test", experiment.spec(*cell, chosen.lr, seed)) for seed in experiment.seeds]
+    jobs = [job for job in jobs if job.kind == "run" or job.spec.id not in tests]
     return list({job.key: job for job in jobs}.values())
 
-# %% ../nbs/30_experiments.ipynb #1fcaa3f7
+# %% ../nbs/30_experiments.ipynb #b3caeca6
 def symbol_tokenizer() -> PreTrainedTokenizerFast:
     "One token for each symbol of ListOps, all operators included."
     words = ["<pad>", "<eos>", "<unk>", *"0123456789", *(f"[{name}" for name in OPERATORS), "]", "="]
@@ -257,7 +254,7 @@ def _small_llama(layers: int, width: int, inner: int, name: str) -> tuple[nn.Mod
     model.config._name_or_path = model.name_or_path = name
     return model, tokenizer
 
-LISTOPS = {"name": "listops", "length": 26, "depth": 2, "max_args": 4, "n_validation": 300, "n_test": 1000}
+LISTOPS = {"name": "listops", "length": 12, "depth": 2, "max_args": 4, "n_validation": 300, "n_test": 1000}
 BED = {"task": {**LISTOPS, "operators": ("MIN", "MAX", "SM"), "n_train": 40_000}, "training": {"lr": 2e-3, "epochs": 7, "batch_size": 64, "max_steps": 4000, "schedule": "cosine"}}
 
 def listops_base() -> tuple[nn.Module, PreTrainedTokenizerFast]:
@@ -600,7 +597,7 @@ def settle(
     verdict = "reproduced" if low > margin else "contradicted" if high < margin else "undecided"
     return Verdict(claim, float(np.mean([gap.mean() for gap in gaps])), (low, high), verdict, len(gaps))
 
-# %% ../nbs/30_experiments.ipynb #8db7e91d
+# %% ../nbs/30_experiments.ipynb #502e258a
 @dataclass(frozen=True)
 class Claim:
     "A claim of the paper as a comparison of arms."
@@ -626,17 +623,35 @@ CLAIMS = (
     Claim("C8", "joint training beats post-block linear alone", ("joint",), ("post_block_linear",)),
 )
 
-def claims(experiment: Experiment, store: Store | str | os.PathLike) -> pd.DataFrame:
-    "Each claim with its difference, interval and verdict; a claim without its runs is undecided, and says so."
+@dataclass(frozen=True, repr=False)
+class Claims:
+    "Verdicts as a table that prints as Markdown and displays in Jupyter."
+    frame: pd.DataFrame      # a claim: claim, says, verdict, difference, low, high (of the 95 % interval), pairs
+
+    def only(self, *names: str) -> "Claims":
+        "Those of some names, such as C1."
+        return Claims(self.frame[self.frame.claim.isin(names)])
+
+    def __repr__(self) -> str:
+        lines = ["| claim | says | verdict | difference | 95 % interval |", "| --- | --- | --- | --- | --- |"]
+        for row in self.frame.itertuples():
+            numbers = "|  |" if row.verdict == "no runs yet" else f"{row.difference:+.3f} | {row.low:+.3f} to {row.high:+.3f} |"
+            lines.append(f"| {row.claim} | {row.says} | {row.verdict} | {numbers}")
+        return "\n".join(lines)
+
+    def _repr_markdown_(self) -> str: return repr(self)
+
+def claims(experiment: Experiment, store: Store | str | os.PathLike) -> Claims:
+    "Each claim with its difference, interval and verdict; a claim without its runs says so."
     rows = []
     for claim in CLAIMS:
         known = all(arm.partition(":")[0] in experiment.arms for arm in (*claim.better, *claim.worse))
         found = settle(claim.text, experiment, store, claim.better, claim.worse, claim.margin) if known else Verdict(claim.text, None, None, "undecided", 0)
         low, high = found.interval or (None, None)
         rows.append({"claim": claim.name, "says": claim.text, "verdict": found.verdict if found.interval else "no runs yet", "difference": found.difference, "low": low, "high": high, "pairs": found.pairs})
-    return pd.DataFrame(rows)
+    return Claims(pd.DataFrame(rows))
 
-# %% ../nbs/30_experiments.ipynb #36563fa8
+# %% ../nbs/30_experiments.ipynb #1ca7a640
 FULL, WEIGHTS, SHIFTS = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)    # of a small model
 
 def _arms(rates: Callable[[str], Sequence[float]], names: Sequence[str] = tuple(METHODS), **options) -> dict[str, Arm]:
@@ -646,6 +661,8 @@ def _arms(rates: Callable[[str], Sequence[float]], names: Sequence[str] = tuple(
 def _bed_rates(name: str) -> Sequence[float]:
     return FULL if name == "full" else WEIGHTS if name in ("lora", "dora") else SHIFTS
 
+_FIRST = ("full", "lora", "post_block_linear", "loreft", "joint", "mlp_linear", "attn_linear", "post_block_vector", "post_block_nonlinear")      # these before the others
+_ORDER = (*_FIRST, *(name for name in METHODS if name not in _FIRST))
 _NEW = {**LISTOPS, "operators": ("FIRST", "LAST", "MED"), "n_train": 4000}
 _BED_TRAINING = {"batch_size": 64, "max_steps": 200, "epochs": 4, "evaluations_per_epoch": 1}
 _REAL = {"sst2": {"name": "sst2"}, "boolq": {"name": "boolq"}, "piqa": {"name": "piqa", "n_train": 800, "n_validation": 150, "n_test": 700}, "arc_challenge": {"name": "arc_challenge"},
@@ -660,7 +677,7 @@ def _ranks() -> dict[str, Arm]:
 PRESETS: dict[str, Experiment] = {
     "smoke": Experiment("smoke", ("tiny-llama",), {"listops": {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}},
                         _arms(lambda name: (1e-2,)), {"max_steps": 3, "batch_size": 16}, sweep_seeds=(0,), seeds=(0,)),
-    "listops": Experiment("listops", ("listops-llama",), {"new operators": _NEW}, _arms(_bed_rates), _BED_TRAINING, sweep_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2, 3, 4), batch_size=128),
+    "listops": Experiment("listops", ("listops-llama",), {"new operators": _NEW}, _arms(_bed_rates, _ORDER), _BED_TRAINING, sweep_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2, 3, 4), batch_size=128),
     "listops-ranks": Experiment("listops-ranks", ("listops-llama",), {"new operators": _NEW}, _ranks(), _BED_TRAINING, sweep_seeds=(0,), seeds=(0, 1, 2), batch_size=128),
     "small": Experiment("small", ("smollm2-135m", "gemma3-270m"), _REAL, _arms(lambda name: METHODS[name].rates), {"batch_size": 16, "epochs": 2}),
     "small-cpu": Experiment("small-cpu", ("smollm2-135m",), {"sst2": {"name": "sst2", "n_train": 256, "n_validation": 89, "n_test": 300}, "listops": {**_REAL["listops"], "n_train": 512, "n_test": 300, "n_validation": 100}},
