@@ -6,7 +6,8 @@
 __all__ = ['SCHEMA', 'BEAT', 'STALE', 'LISTOPS', 'BED', 'BEDS', 'DRAWS', 'CLAIMS', 'FULL', 'WEIGHTS', 'SHIFTS', 'PRESETS',
            'TOKENS', 'EXAMPLES', 'PEAK', 'UTILISATION', 'SHAPES', 'ExperimentError', 'Spec', 'Store', 'claimed', 'Arm',
            'Experiment', 'Job', 'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base', 'load_bed', 'do',
-           'run_grid', 'Table', 'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims', 'preset', 'dry_run']
+           'run_grid', 'Table', 'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims', 'keep_claim', 'preset',
+           'dry_run']
 
 # %% ../nbs/30_experiments.ipynb #d78193ae
 import hashlib
@@ -597,7 +598,7 @@ def settle(
     verdict = "reproduced" if low > margin else "contradicted" if high < margin else "undecided"
     return Verdict(claim, float(np.mean([gap.mean() for gap in gaps])), (low, high), verdict, len(gaps))
 
-# %% ../nbs/30_experiments.ipynb #502e258a
+# %% ../nbs/30_experiments.ipynb #2dca6f21
 @dataclass(frozen=True)
 class Claim:
     "A claim of the paper as a comparison of arms."
@@ -649,7 +650,22 @@ def claims(experiment: Experiment, store: Store | str | os.PathLike) -> Claims:
         found = settle(claim.text, experiment, store, claim.better, claim.worse, claim.margin) if known else Verdict(claim.text, None, None, "undecided", 0)
         low, high = found.interval or (None, None)
         rows.append({"claim": claim.name, "says": claim.text, "verdict": found.verdict if found.interval else "no runs yet", "difference": found.difference, "low": low, "high": high, "pairs": found.pairs})
-    return Claims(pd.DataFrame(rows))
+    measured = {}
+    for record in (store if isinstance(store, Store) else Store(store)).records():
+        if record["kind"] == "claim": measured[record["says"]] = {name: record[name] for name in ("claim", "says", "verdict", "difference", "low", "high", "pairs")}    # the latest
+    return Claims(pd.DataFrame([*rows, *measured.values()]).sort_values("claim", kind="stable", ignore_index=True))
+
+def keep_claim(store: Store | str | os.PathLike, claim: str, says: str, values: np.ndarray, margin: float = 0.0, above: bool = True) -> Verdict:
+    """Settle a claim that is not a comparison of arms, and keep it in the store.
+
+    `values` are measurements by repetition and unit, (repetitions, units): seeds and examples, or models and layers. The claim is that
+    their mean is above the margin (or below it)."""
+    low, high = _interval(_draws(values))
+    yes, no = low > margin, high < margin
+    verdict = "undecided" if not (yes or no) else "reproduced" if yes == above else "contradicted"
+    row = {"claim": claim, "says": says, "verdict": verdict, "difference": float(values.mean()), "low": low, "high": high, "pairs": 1}
+    (store if isinstance(store, Store) else Store(store)).append({"kind": "claim", "id": hashlib.sha256(_canonical(row).encode()).hexdigest()[:16], **row})
+    return Verdict(f"{claim}: {says}", row["difference"], (low, high), verdict, 1)
 
 # %% ../nbs/30_experiments.ipynb #1ca7a640
 FULL, WEIGHTS, SHIFTS = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)    # of a small model
