@@ -485,7 +485,7 @@ def _tests(experiment: Experiment, records: Sequence[dict], model: str, task: st
     found = [tests[spec.id] for spec in specs if spec.id in tests]
     return chosen, [{**test, "correct": test["parts"][part]} for test in found] if part else found
 
-# %% ../nbs/30_experiments.ipynb #17c79125
+# %% ../nbs/30_experiments.ipynb #9e9600ca
 @dataclass(frozen=True, repr=False)
 class Table:
     "Results as a table that prints as Markdown, displays in Jupyter, and writes CSV."
@@ -494,7 +494,8 @@ class Table:
 
     def markdown(self, columns: Sequence[str] | None = None) -> str:
         "The table as Markdown."
-        shown = self.frame[list(columns or ("model", "task", "arm", "accuracy", "interval", "difference", "n", "seeds", "lr", "trainable", "share", "seconds", "memory"))]
+        usual = ("model", "task", "arm", "accuracy", "interval", "difference", "n", "seeds", "lr", "trainable", "share", "seconds", "memory")
+        shown = self.frame[list(columns or [name for name in usual if name in self.frame])]
         lines = [list(shown.columns), ["---"] * len(shown.columns), *[[_shown(value, name) for name, value in row.items()] for _, row in shown.iterrows()]]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
