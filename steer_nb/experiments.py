@@ -668,7 +668,7 @@ def keep_claim(store: Store | str | os.PathLike, claim: str, says: str, values: 
     (store if isinstance(store, Store) else Store(store)).append({"kind": "claim", "id": hashlib.sha256(_canonical(row).encode()).hexdigest()[:16], **row})
     return Verdict(f"{claim}: {says}", row["difference"], (low, high), verdict, 1)
 
-# %% ../nbs/30_experiments.ipynb #1ca7a640
+# %% ../nbs/30_experiments.ipynb #749983e2
 FULL, WEIGHTS, SHIFTS = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)    # of a small model
 
 def _arms(rates: Callable[[str], Sequence[float]], names: Sequence[str] = tuple(METHODS), **options) -> dict[str, Arm]:
@@ -681,7 +681,7 @@ def _bed_rates(name: str) -> Sequence[float]:
 _FIRST = ("full", "lora", "post_block_linear", "loreft", "joint", "mlp_linear", "attn_linear", "post_block_vector", "post_block_nonlinear")      # these before the others
 _ORDER = (*_FIRST, *(name for name in METHODS if name not in _FIRST))
 _NEW = {**LISTOPS, "operators": ("FIRST", "LAST", "MED"), "n_train": 4000}
-_BED_TRAINING = {"batch_size": 64, "max_steps": 200, "epochs": 4, "evaluations_per_epoch": 1}
+_BED_TRAINING = {"batch_size": 32, "max_steps": 200, "epochs": 2, "evaluations_per_epoch": 2}
 _REAL = {"sst2": {"name": "sst2"}, "boolq": {"name": "boolq"}, "piqa": {"name": "piqa", "n_train": 800, "n_validation": 150, "n_test": 700}, "arc_challenge": {"name": "arc_challenge"},
          "listops": {"name": "listops", "length": 32, "n_train": 2000, "n_validation": 200, "n_test": 1000}}
 _CPU = ("full", "lora", "loreft", "post_block_vector", "post_block_linear", "post_block_nonlinear", "mlp_linear", "attn_linear", "joint")
