@@ -236,6 +236,7 @@ def experiment(
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="On this machine, each with its share of the cores.")] = 1,
     against: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Try again what failed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say every run, its parameters and its estimated cost, and do nothing.")] = False,
 ):
     "Compare methods: learning rates chosen on validation, test touched once, and a store that resumes."
@@ -246,11 +247,11 @@ def experiment(
                      arms={one: chosen.arms[one] for one in _some(arms, chosen.arms, "arm")})
     if dry_run:
         cost = experiments.dry_run(chosen)
-        typer.echo(cost.to_string(index=False, formatters={"share": "{:.4%}".format, "operations": "{:.1e}".format, "hours": "{:.3f}".format}))
-        typer.echo(f"{cost.runs.sum():,} trainings and {cost.tests.sum():,} tests, {cost.operations.sum():.1e} operations, {cost.hours.sum():,.1f} hours of an H100 "
-                   f"at {experiments.UTILISATION:.0%} of its peak")
+        shown = {"share": "{:.4%}".format, "operations": "{:.1e}".format, "hours": "{:.3f}".format, "lr": lambda lr: "selected" if lr != lr else f"{lr:g}"}
+        typer.echo(cost.to_string(index=False, formatters=shown))
+        typer.echo(f"{len(cost):,} runs, {cost.operations.sum():.1e} operations, {cost.hours.sum():,.1f} hours of an H100 at {experiments.UTILISATION:.0%} of its peak")
         return
-    done = experiments.run_grid(chosen, store or Path("runs") / name, processes, say=typer.echo)
+    done = experiments.run_grid(chosen, store or Path("runs") / name, processes, say=typer.echo, again=again)
     typer.echo(experiments.table(chosen, done, against or ("lora" if "lora" in chosen.arms else next(iter(chosen.arms)))))
 
 def _some(words: str | None, known, what: str) -> list[str]:
