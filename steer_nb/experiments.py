@@ -397,9 +397,10 @@ def _check_definition(experiment: Experiment, store: Store) -> None:
 def _changes(old: dict, new: dict) -> list[str]:
     "What contradicts. New models, tasks, arms and test seeds are additions; all that decides a selection stays, else test would be scored twice."
     found = [f"{name} was {old[name]!r}, now {new.get(name)!r}" for name in ("training", "sweep_seeds", "widen") if old[name] != new.get(name)]
-    for kind in ("tasks", "arms", "budgets"):
-        before = old.get(kind, {})
-        found += [f"{kind} {label!r} was {before[label]!r}, now {new[kind][label]!r}" for label in before.keys() & new[kind].keys() if before[label] != new[kind][label]]
+    for kind in ("tasks", "arms"):
+        found += [f"{kind} {label!r} was {old[kind][label]!r}, now {new[kind][label]!r}" for label in old[kind].keys() & new[kind].keys() if old[kind][label] != new[kind][label]]
+    budgets = [side.get("budgets", {}) for side in (old, new)]
+    found += [f"the budget of {label!r} was {budgets[0].get(label, {})!r}, now {budgets[1].get(label, {})!r}" for label in old["tasks"] if budgets[0].get(label, {}) != budgets[1].get(label, {})]
     return found
 
 def run_grid(
@@ -728,8 +729,8 @@ def _arms(rates: Callable[[str], Sequence[float]], names: Sequence[str] = tuple(
 def _bed_rates(name: str) -> Sequence[float]:
     return FULL if name == "full" else WEIGHTS if name in ("lora", "dora") else SHIFTS
 
-_FIRST = ("full", "lora", "post_block_linear", "loreft", "joint", "mlp_linear", "attn_linear", "post_block_vector", "post_block_nonlinear")      # these before the others
-_ORDER = (*_FIRST, *(name for name in METHODS if name not in _FIRST))
+_FIRST = ("full", "lora", "post_block_linear", "loreft", "joint", *(f"{place}_{kind}" for kind in ("linear", "vector", "nonlinear") for place in ("post_block", "mlp", "attn")), "lofit", "jola")
+_ORDER = tuple(dict.fromkeys((*_FIRST, *METHODS)))          # what the claims speak of comes before the others
 _NEW = {**LISTOPS, "operators": ("FIRST", "LAST", "MED"), "n_train": 4000}
 _BED_TRAINING = {"batch_size": 32, "max_steps": 200, "epochs": 2, "evaluations_per_epoch": 2}
 _REAL = {"sst2": {"name": "sst2"}, "boolq": {"name": "boolq"}, "piqa": {"name": "piqa", "n_train": 800, "n_validation": 150, "n_test": 700}, "arc_challenge": {"name": "arc_challenge"},
@@ -821,4 +822,4 @@ def _runs(experiment: Experiment, model_name: str, model: nn.Module, total: int,
 def _cost(model: str, task: str, arm: str, what: str, lr: float | None, seed: int | None, size: int, total: int, operations: float) -> dict:
     "One row of `dry_run`."
     return {"model": model, "task": task, "arm": arm, "what": what, "lr": lr, "seed": seed, "trainable": size, "share": size / total,
-            "operations": operations, "hours": operations / (PEAK * UTILISATION) / 3600}
+            "operations": float(operations), "hours": operations / (PEAK * UTILISATION) / 3600}

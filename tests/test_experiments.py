@@ -150,6 +150,22 @@ def test_a_test_without_its_training_trains_again(whole, tmp_path):
     assert record["correct"] == before["correct"] and record["parts"] == before["parts"]
 
 
+def test_no_room_for_what_was_trained_stops_the_grid_and_counts_against_no_rate(tmp_path):
+    "A file where the folder of trained parameters should be: nothing can be written there, as on a full or read-only disk."
+    (tmp_path / "trained").write_text("")
+    with pytest.raises(ExperimentError, match="make room and start again"): run_grid(GRID, tmp_path, say=None)
+    assert [record["kind"] for record in Store(tmp_path).records() if record["kind"] == "run"] == []
+    assert not list((tmp_path / "claims").iterdir())
+    (tmp_path / "trained").unlink()
+    run_grid(GRID, tmp_path, say=None)
+    assert plan(GRID, Store(tmp_path).records()) == [] and all(record["status"] == "done" for record in Store(tmp_path).records() if "status" in record)
+
+
+def test_a_model_that_is_not_there_stops_the_grid(tmp_path):
+    with pytest.raises(ValueError, match="no model"): run_grid(replace(GRID, models=("tiny-lama",)), tmp_path, say=None)
+    assert all(record["kind"] == "experiment" for record in Store(tmp_path).records())
+
+
 def test_without_room_the_batch_is_halved_once(tmp_path, monkeypatch):
     spec = next(job.spec for job in plan(GRID, []) if job.kind == "run")
     own, calls = experiments.fit, []
@@ -172,7 +188,8 @@ def test_without_room_the_batch_is_halved_once(tmp_path, monkeypatch):
 def test_a_definition_may_grow_but_not_change(whole):
     before = (whole / "runs.jsonl").read_bytes()
     for changed in (dict(training={"max_steps": 4, "batch_size": 16}), dict(tasks={"listops": {**TASK, "n_test": 30}}),
-                    dict(arms={**GRID.arms, "lora": Arm("lora", (1e-2,), {"rank": 4})})):
+                    dict(arms={**GRID.arms, "lora": Arm("lora", (1e-2,), {"rank": 4})}), dict(arms={**GRID.arms, "lora": Arm("lora", (1e-2, 2e-2), {"rank": 2})}),
+                    dict(sweep_seeds=(0, 1, 2)), dict(widen=1), dict(budgets={"listops": {"max_steps": 4}})):
         with pytest.raises(ExperimentError, match="another experiment named 'grid'"): run_grid(replace(GRID, **changed), whole, say=None)
     assert (whole / "runs.jsonl").read_bytes() == before
     grown = replace(GRID, arms={**GRID.arms, "bitfit": Arm("bitfit", (1e-2,))})
@@ -198,3 +215,13 @@ def test_the_command_line(tmp_path):
     assert planned.returncode == 0 and "meta-llama/Meta-Llama-3-8B" in planned.stdout and "hours" in planned.stdout
     wrong = steer_nb("experiment", "smok")
     assert wrong.returncode == 1 and "did you mean 'smoke'?" in wrong.stderr
+
+
+def test_the_front_page_shows_what_the_store_says():
+    "The README's verdicts and results are those of the committed runs: run nbs/index.ipynb and `make readme` after adding runs."
+    top = os.path.dirname(HERE)
+    with open(os.path.join(top, "README.md"), encoding="utf-8") as file: page = file.read()
+    folder, experiment = os.path.join(top, "nbs", "store", "listops"), preset("listops")
+    assert repr(experiments.claims(experiment, folder)) in page
+    results = experiments.table(experiment, folder)
+    assert results.markdown(["arm", "accuracy", "interval", "difference", "seeds", "trainable", "share"]) in page
