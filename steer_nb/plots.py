@@ -104,12 +104,12 @@ def plot_scores(
     return ax
 
 # %% ../nbs/40_plots.ipynb #b4abd8cd
-COLOURS = {"weights": "C1", "block": "C0", "mlp": "C2", "attn": "C3", "heads": "C4", "as it is": "gray"}
+COLOURS = {"weights": "C1", "block": "C0", "mlp": "C2", "attn": "C3", "heads": "C4", "both": "C6", "as it is": "gray"}
 
 def _place(arm: str) -> str:
     "Where an arm acts, by its name: a key of `COLOURS`."
     method = next((name for name in sorted(METHODS, key=len, reverse=True) if arm.startswith(name)), None)
-    return "as it is" if method is None else METHODS[method].site or "weights"
+    return "as it is" if method is None else "both" if method == "joint" else METHODS[method].site or "weights"
 
 def _legend(ax: Axes, places) -> None:
     "One entry for each place that was drawn."
