@@ -7,6 +7,7 @@ __all__ = ['PARTNERS', 'PROJECTIONS', 'JointError', 'JointConfig', 'last_project
            'project', 'overlap', 'Joint', 'unharmed', 'joint', 'Halves', 'halves']
 
 # %% ../nbs/24_joint.ipynb #9aa28a02
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .convert import _matrices, _plain, _probe
 from .equivalence import real_tokens
 from .hooks import capture
-from .sites import Site, _post_norm, blocks, hidden_size, nearest
+from .sites import Site, blocks, hidden_size, nearest
 from .steering import SteeringConfig, _base, steer, steerings
 from .train import Group, Method, SCHEDULES, lora_model
 
@@ -60,22 +61,33 @@ class JointConfig:
         for name in ("penalty", "weights_lr", "activations_lr"):
             if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < float("inf"): raise JointError(f"{name} is a number above 0, not {getattr(self, name)!r}")
         for name in ("weights_window", "activations_window"):
-            window = tuple(getattr(self, name))
+            window = getattr(self, name)
+            window = tuple(window) if isinstance(window, (list, tuple)) and all(isinstance(end, (int, float)) for end in window) else (window,)
             if len(window) != 2 or not 0 <= window[0] < window[1] <= 1: raise JointError(f"{name} is two shares of the steps in order, such as (0.0, 0.5), not {window!r}")
             object.__setattr__(self, name, window)
+        if self.weight_layers != "all":
+            if isinstance(self.weight_layers, str) or not isinstance(self.weight_layers, Sequence) or not all(type(layer) is int for layer in self.weight_layers):
+                raise JointError(f"weight_layers is 'all' or a list of layer numbers, not {self.weight_layers!r}")
+            object.__setattr__(self, "weight_layers", tuple(self.weight_layers))
 
 # %% ../nbs/24_joint.ipynb #b9d2c602
-def last_projections(model: nn.Module) -> dict[int, nn.Module]:
-    "By layer, the last matrix of each block to run. Raises `JointError` if its output is not the stream's width."
-    found = {}
+def last_projections(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module | None]]:
+    "By layer, the last matrix of each block to run, and the norm that runs after it, if any. Raises `JointError` if its output is not the stream's width."
+    found, width = {}, hidden_size(model)
     with _plain(model), ExitStack() as hooks:
         for layer, block in enumerate(blocks(model)):
-            def keep(module, args, output, layer=layer): found[layer] = module
-            for module in _matrices(block): hooks.callback(module.register_forward_hook(keep).remove)
+            def matrix(module, args, output, layer=layer): found[layer] = module, None
+            def norm(module, args, output, layer=layer): found[layer] = found[layer][0] if layer in found else None, module
+            matrices = _matrices(block)
+            for module in matrices: hooks.callback(module.register_forward_hook(matrix).remove)
+            for module in block.modules():
+                if "Norm" in type(module).__name__ and getattr(getattr(module, "weight", None), "shape", None) == (width,): hooks.callback(module.register_forward_hook(norm).remove)
         _probe(model)
-    for layer, module in found.items():
-        if _matrix(module).shape[0] != hidden_size(model):
-            raise JointError(f"layer {layer}: the last matrix of the block, a {type(module).__name__}, writes {_matrix(module).shape[0]} numbers, not the stream's {hidden_size(model)}")
+    found = {layer: pair for layer, pair in found.items() if pair[0] is not None}
+    for layer, (module, _) in found.items():
+        if _matrix(module).shape[0] != width:
+            raise JointError(f"layer {layer}: the last matrix of the block, a {type(module).__name__}, writes {_matrix(module).shape[0]} numbers, not the stream's {width} "
+                             "(experts that are kept in one tensor are no such matrix): project='never' trains both halves without a projection")
     return found
 
 def _matrix(module: nn.Module) -> torch.Tensor:
@@ -84,12 +96,10 @@ def _matrix(module: nn.Module) -> torch.Tensor:
     return inner.weight.T if isinstance(inner, Conv1D) else inner.weight
 
 @torch.no_grad()
-def _gain(block: nn.Module, module: nn.Module) -> torch.Tensor | None:
-    "What a norm between the MLP and the stream multiplies each direction by, up to a common factor: (hidden,); None without one."
-    name = _post_norm(block, "mlp")
-    if name is None: return None
-    norm, like = getattr(block, name), _matrix(module)
-    probe = torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
+def _gain(norm: nn.Module | None) -> torch.Tensor | None:
+    "What the norm between the last projection and the stream multiplies each direction by, up to a common factor: (hidden,); None without one."
+    if norm is None: return None
+    probe = torch.ones_like(norm.weight)
     probe[1::2] = -1                               # mean 0 and square 1: the same for either kind of norm
     return (norm(probe) - norm(-probe)) * probe / 2
 
@@ -114,11 +124,14 @@ def without(
 
 # %% ../nbs/24_joint.ipynb #bb8859b8
 def _written(method: "Joint", layer: int) -> torch.Tensor:
-    "A matrix whose columns span what the weight half adds to the stream at the end of this block: (hidden, rank)."
-    module, gain = method.writers[layer], method.gains[layer]
+    """A matrix whose columns span what the weight half adds to the stream at the end of this block: (hidden, rank).
+
+    Of DoRA its low-rank part, of fully trained weights the leading directions; what a following norm rescales is left out."""
+    module, norm = method.writers[layer]
+    gain = _gain(norm)
     if method.config.weights == "full":
         name = next(name for name, parameter in method.weights.items() if parameter is module.weight)
-        update = module.weight - method.start[name]
+        update = module.weight - method.start[name].to(module.weight.device)
         update = update.T if isinstance(module, Conv1D) else update
         with torch.random.fork_rng([update.device] if update.is_cuda else []):
             torch.manual_seed(0)                         # the same start each time: what was projected away stays the same
@@ -129,7 +142,7 @@ def _written(method: "Joint", layer: int) -> torch.Tensor:
         written = module.lora_B[adapter].weight
         magnitude = getattr(module, "lora_magnitude_vector", {})
         if adapter in magnitude: written = written * (magnitude[adapter].weight / _dora_norm(module, adapter))[:, None]
-    return (written if gain is None else written * gain.to(written.dtype)[:, None]).detach()
+    return (written if gain is None else written * gain.to(written.device, written.dtype)[:, None]).detach()
 
 def _dora_norm(module: nn.Module, adapter: str) -> torch.Tensor:
     "The norm of each row of W + s B A: (out,)."
@@ -151,7 +164,8 @@ def bases(method: "Joint") -> dict[int, torch.Tensor]:
 def project(method: "Joint", optimizer: torch.optim.Optimizer | None = None) -> None:
     "Make each reading matrix D orthogonal to what the weight half writes in its block, and D's momentum too if there is an optimizer."
     found = bases(method)
-    if not found: return
+    if not any(V.any() for V in found.values()): return      # nothing is written yet
+    method.projected = True
     adapters = method.steering.adapters
     readings = [adapters[Site(layer, "block")].down for layer in found]
     moments = [] if optimizer is None else [optimizer.state[D]["exp_avg"] for D in readings if "exp_avg" in optimizer.state.get(D, {})]
@@ -162,7 +176,7 @@ def project(method: "Joint", optimizer: torch.optim.Optimizer | None = None) -> 
         for tensor, projected in zip(tensors, new): tensor.copy_(projected)
 
 def overlap(method: "Joint") -> dict[int, float]:
-    "By layer, ‖D V‖ / ‖D‖: 0 where the steering reads nothing that the weight half writes, at most 1."
+    "By layer, ‖D V‖ / ‖D‖: 0 where the steering reads nothing of what `bases` has, at most 1."
     adapters = method.steering.adapters
     with torch.no_grad():
         return {layer: float((adapters[Site(layer, "block")].down.to(V) @ V).norm() / adapters[Site(layer, "block")].down.norm()) for layer, V in bases(method).items()}
@@ -191,17 +205,22 @@ class Joint(Method):
         own = {id(parameter) for parameter in self.steering.parameters()}
         self.weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own}
         self.start = {name: parameter.detach().clone() for name, parameter in self.weights.items()} if config.weights == "full" else {}
-        self.writers = self._writers()
-
-    def _writers(self) -> dict[int, nn.Module]:
-        "By layer, the projections whose update is kept apart: those of steered blocks that the weight half changes."
-        stack, steered = blocks(self.model), {site.layer for site in self.steering.adapters}
-        trained = {id(parameter) for parameter in self.weights.values()}
-        found = {layer: module for layer, module in last_projections(self.model).items() if layer in steered and any(id(p) in trained for p in module.parameters())}
-        if not found and self.config.project != "never":
+        steered, trained = {site.layer for site in self.steering.adapters}, {id(parameter) for parameter in self.weights.values()}
+        try: found = last_projections(model)
+        except JointError:
+            if config.project != "never": raise
+            found = {}
+        self.writers = {layer: pair for layer, pair in found.items() if layer in steered and any(id(p) in trained for p in pair[0].parameters())}
+        self.projected = False       # whether `project` has had something to remove in this training
+        if not self.writers and config.project != "never":
             raise JointError("the weight half does not train the last projection of any block, so there is nothing to project away: choose targets that have it, or project='never'")
-        self.gains = {layer: _gain(stack[layer], module) for layer, module in found.items()}
-        return found
+
+    def stages(self) -> Iterator[None]:
+        "One training. Warns after it if nothing was ever projected though it was asked for."
+        self.projected = False
+        yield
+        if self.config.project in ("steps", "epoch", "once") and not self.projected:
+            warnings.warn(f"project={self.config.project!r} with every={self.config.every} never came to project: the training was too short, or a half rested")
 
     def groups(self) -> list[Group]:
         "The weights, then the steering."
@@ -216,9 +235,10 @@ class Joint(Method):
         return self.config.penalty * sum((adapters[Site(layer, "block")].down.to(V) @ V).square().sum() for layer, V in bases(self).items())
 
     def after_step(self, step: int, ends_epoch: bool, optimizer: torch.optim.Optimizer) -> None:
-        "Project, if it is time."
+        "Project, if it is time and the steering does not rest. `once` is the first step from `every` on at which the weights write something."
+        if optimizer.param_groups[1]["lr"] == 0: return
         every = self.config.every
-        due = {"steps": step % every == 0, "once": step == every, "epoch": ends_epoch}.get(self.config.project, False)
+        due = {"steps": step % every == 0, "once": step >= every and not self.projected, "epoch": ends_epoch}.get(self.config.project, False)
         if due: project(self, optimizer if self.config.momentum else None)
 
     @contextmanager
@@ -228,7 +248,10 @@ class Joint(Method):
             if part == "weights": stack.enter_context(self.steering.disabled())
             elif part != "activations": stack.enter_context(super().only(part))
             elif self.config.weights == "full": stack.enter_context(_swapped(self.weights, self.start))
-            else: stack.enter_context(self.model.disable_adapter())
+            else:
+                flags = {parameter: parameter.requires_grad for parameter in self.weights.values()}
+                stack.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags.items()])       # PEFT sets them all
+                stack.enter_context(self.model.disable_adapter())
             yield
 
 # %% ../nbs/24_joint.ipynb #08521e75
@@ -295,7 +318,7 @@ def halves(
     batches: Sequence[Mapping[str, torch.Tensor]],   # as `tasks.task_batches` makes them
     rank: int | None = None,                 # of the subspaces to compare; None: the steering's rank
 ) -> Halves:
-    "Measure what each half shifts at the output of each block. Raises `JointError` if one of them shifts nothing."
+    "Measure what each half shifts at the output of each block, where both do. Raises `JointError` if there is no such block."
     rank, streams = rank or method.config.rank, {}
     for switch in ("none", *method.parts):
         with ExitStack() as stack:
@@ -304,7 +327,9 @@ def halves(
                 stack.enter_context(method.only("activations"))
             else: stack.enter_context(method.only(switch))
             streams[switch] = _stream(method.model, batches)
-    rows = [_compare(layer, *(streams[name][layer] for name in ("none", "weights", "activations", "all")), rank) for layer in streams["none"]]
+    rows = [_compare(layer, *(streams[name][layer] for name in ("none", "weights", "activations", "all")), rank) for layer in streams["none"]
+            if not any(torch.equal(streams[part][layer], streams["none"][layer]) for part in ("weights", "activations"))]
+    if not rows: raise JointError("one of the halves shifts nothing in any block yet: train first")
     return Halves(rows, rank, len(streams["none"][0]))
 
 # %% ../nbs/24_joint.ipynb #67a20277
@@ -322,7 +347,6 @@ def _stream(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> 
 def _compare(layer: int, base: torch.Tensor, weights: torch.Tensor, activations: torch.Tensor, both: torch.Tensor, rank: int) -> dict:
     "One row of `Halves`; all four are (tokens, hidden)."
     w, a, together = weights - base, activations - base, both - base
-    if not w.norm() or not a.norm(): raise JointError(f"layer {layer}: the {'activations' if w.norm() else 'weights'} shift nothing yet: train first")
     leading = [torch.linalg.svd(shift, full_matrices=False).Vh[:rank].T for shift in (w, a)]
     angles = torch.from_numpy(scipy.linalg.subspace_angles(*(basis.numpy() for basis in leading))).rad2deg()
     return {"layer": layer, "weights": float(w.norm() / base.norm()), "activations": float(a.norm() / base.norm()),

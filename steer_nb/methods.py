@@ -7,6 +7,7 @@ __all__ = ['RATES', 'KEYS_AND_VALUES', 'METHODS', 'ALIASES', 'MethodError', 'Met
            'method_size', 'apply_method', 'load_method']
 
 # %% ../nbs/25_methods.ipynb #5ffc7845
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from .adapters import adapter_size
 from .joint import JointConfig, joint, unharmed
 from .sites import SiteError, _parts, activation_shape, blocks, nearest
 from .steering import SteeringConfig, _base, _check_base, _sites, steer, steerings
-from .train import Method, linear_layers, lora_model, read_method, restore_method
+from .train import Method, TrainError, linear_layers, lora_model, read_method, restore_method
 
 # %% ../nbs/25_methods.ipynb #6456bd22
 class MethodError(ValueError):
@@ -43,6 +44,11 @@ class MethodRow:
     options: dict = field(default_factory=dict)     # with their defaults
     rates: tuple[float, ...] = RATES["activations"] # the learning rates to try
     site: str | None = None                         # where it steers: one of `sites.SITES`
+
+def _weight(name: str, value) -> float:
+    "The weight of a penalty, if it is a number from 0; `MethodError` otherwise."
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf: raise MethodError(f"{name} is a number from 0, not {value!r}")
+    return value
 
 # %% ../nbs/25_methods.ipynb #1eef4b71
 def _full(model: nn.Module) -> Method:
@@ -101,18 +107,17 @@ def _lora_size(model: nn.Module, rank: int, targets: str | Sequence[str], dora: 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "query_key_value", "qkv_proj", "Wqkv", "c_attn", "qkv")
 
 def _ia3_modules(model: nn.Module) -> tuple[list[str], list[str]]:
-    "Paths of the modules that make keys and values, and of the last projections of the MLPs."
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as feedforward
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as known
-    kind, linears = model.config.get_text_config(decoder=True).model_type, _linears(model)
-    def named(ends): return [path for path in linears if any(path.endswith(f".{end}") for end in ends)]
-    if kind in known: return [path for path in named(known[kind]) if path not in named(feedforward[kind])], named(feedforward[kind])
-    paths, last = {module: path for path, module in linears.items()}, []
+    "Paths of the modules that make keys and values, and of the last projection of each MLP."
+    linears, last = _linears(model), []
+    paths = {module: path for path, module in linears.items()}
     for block in blocks(model):
-        inside = [module for name in _parts(block)["mlp"] for module in getattr(block, name).modules() if module in paths]
+        parts = _parts(block)
+        inside = [module for name in parts["mlp"] for module in getattr(block, name).modules() if module in paths]
+        inside += [getattr(block, name) for name in parts["inline"] or () if getattr(block, name) in paths]        # OPT's
         last += [paths[inside[-1]]] if inside else []
-    keys = [path for path in named(KEYS_AND_VALUES) if path not in last]
+    keys = [path for path in linears if path.split(".")[-1] in KEYS_AND_VALUES and path not in last]
     if not keys: raise MethodError(f"ia3: no modules that make keys and values were found in {type(model).__name__}: their names would be {', '.join(KEYS_AND_VALUES)}")
+    if not last: raise MethodError(f"ia3: no last projection of an MLP was found in {type(model).__name__} (experts in one tensor have none)")
     return keys, last
 
 def _ia3(model: nn.Module) -> Method:
@@ -156,9 +161,9 @@ class LoFiT(Method):
 
     def __init__(self, model: nn.Module, n_heads: int | None, l1: float, heads: Sequence | None):
         super().__init__(model)
-        self.l1, self.heads = l1, heads
+        self.l1, self.heads = _weight("l1", l1), heads
         self.n_heads = math.ceil(_head_count(model) / 10) if n_heads is None else n_heads
-        if not 1 <= self.n_heads <= _head_count(model): raise MethodError(f"n_heads is a number from 1 to {_head_count(model)}, the heads of this model, not {n_heads!r}")
+        if type(self.n_heads) is not int or not 1 <= self.n_heads <= _head_count(model): raise MethodError(f"n_heads is a number from 1 to {_head_count(model)}, the heads of this model, not {n_heads!r}")
         if heads is None: steer(model, SteeringConfig(kind="scale", site="heads"), name="scales")
         else: steer(model, SteeringConfig(kind="vector", site="heads", heads=heads), name="method")
 
@@ -177,6 +182,7 @@ class LoFiT(Method):
         "Take the heads whose scales have the largest norm, and put vectors in place of the scales."
         scales = steerings(self.model)["scales"]
         norms = {(site.layer, head): float(norm) for site, adapter in scales.adapters.items() for head, norm in enumerate(adapter.scale.detach().norm(dim=-1))}
+        if not any(norms.values()): raise MethodError("lofit: no scale has moved from zero, so there is nothing to choose heads by: the first stage did not lower the validation loss; try another lr")
         self.heads = tuple(sorted(sorted(norms, key=norms.get, reverse=True)[:self.n_heads]))
         scales.remove()
         steer(self.model, SteeringConfig(kind="vector", site="heads", heads=self.heads), name="method")
@@ -201,7 +207,7 @@ class JoLA(Method):
 
     def __init__(self, model: nn.Module, l0: float, layers: str | Sequence[int], positions: str):
         super().__init__(model)
-        self.l0 = l0
+        self.l0 = _weight("l0", l0)
         steer(model, SteeringConfig(kind="jola", site="heads", layers=layers, positions=positions), name="method")
 
     def penalty(self) -> torch.Tensor:
@@ -261,7 +267,13 @@ def method_row(name: str, options: dict) -> tuple[str, MethodRow, dict]:
         if option not in row.options:
             have = f"it has {', '.join(row.options)}" if row.options else "it has none"
             raise MethodError(f"{own} has no option {option!r}: {have}{nearest(option, row.options)}")
-    return own, row, {**row.options, **options}
+    options = json.loads(_plain({**row.options, **options}, own))
+    return own, row, options
+
+def _plain(options: dict, name: str) -> str:
+    "The options as JSON, which is how they are kept; `MethodError` for what cannot be."
+    try: return json.dumps({key: list(value) if isinstance(value, (range, set, frozenset)) else value for key, value in options.items()})
+    except TypeError as error: raise MethodError(f"{name}: an option cannot be written to a file ({error}): use numbers, words and lists of them") from error
 
 def method_size(model: nn.Module, name: str, **options) -> int:
     "How many parameters the method would train on this (bare) model, by formula; the model may be on the meta device. Errors as `apply_method`."
@@ -283,7 +295,7 @@ def apply_method(
         base = _base(model)
         method = row.build(model, **options)
     method.name, method.base = own, base
-    method.options = {**options, **method.options}
+    method.options = {**options, **({} if own == "joint" else method.options)}
     return method
 
 def load_method(
@@ -294,5 +306,7 @@ def load_method(
     """Put a saved method on a model. Raises `TrainError` and `SteeringError` if the files are damaged or made for another model, and then
     leaves the model as it was."""
     content = read_method(folder)
-    if check_base and content["base"] is not None: _check_base(folder, content["base"], model)
-    with unharmed(model): return restore_method(apply_method(model, content["name"], **content["options"]), folder)
+    try:
+        if check_base: _check_base(folder, content["base"], model)
+        with unharmed(model): return restore_method(apply_method(model, content["name"], **content["options"]), folder)
+    except (TypeError, KeyError, RuntimeError) as error: raise TrainError(f"{folder} is damaged: what its files say does not go together ({error})") from error

@@ -222,7 +222,7 @@ class Method:
         return None
 
     def after_step(self, step: int, ends_epoch: bool, optimizer: torch.optim.Optimizer) -> None:
-        "Called after each update, with its number from 1."
+        "Called after each update, with its number from 1. The learning rate of a group that rests is 0 then."
 
     parts: tuple[str, ...] = ("all",)            # what `only` can be asked for
 
@@ -268,16 +268,18 @@ def save_method(method: Method, folder: str | os.PathLike, overwrite: bool = Fal
     "Write the method to a folder. Raises `TrainError` if it has files already, or cannot be written to."
     folder = _check_output(folder, overwrite)
     model, peft = method.model, _peft_model(method.model)
+    if method.base is None: raise TrainError("only a method that apply_method or joint made can be saved: it is saved by its name and options")
     content = {"schema": METHOD_SCHEMA, "name": method.name, "options": method.options, "base": method.base}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (METHOD_FILE, TENSOR_FILE, CONFIG_FILE, STEERING_TENSORS, "adapter_config.json", "adapter_model.safetensors"): (folder / name).unlink(missing_ok=True)
         if steerings(model): save_steerings(model, folder, overwrite=True)
         if peft is not None: _save_peft(peft, folder)
         rest = {name: parameter.detach().cpu().contiguous() for name, parameter in _rest(model).items()}
         if rest: save_file(rest, folder / TENSOR_FILE)
         (folder / f"{METHOD_FILE}.part").write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(folder / f"{METHOD_FILE}.part", folder / METHOD_FILE)     # last: a folder with this file is whole
-    except OSError as error: raise TrainError(f"cannot write to {folder}: {error}") from error
+    except (OSError, SafetensorError) as error: raise TrainError(f"cannot write to {folder}: {error}") from error
     return folder
 
 def _save_peft(model: nn.Module, folder: Path) -> None:
@@ -298,7 +300,10 @@ def restore_method(method: Method, folder: str | os.PathLike) -> Method:
     if steerings(model): _restore_steerings(model, folder)
     peft = _peft_model(model)
     if peft is not None:
-        from peft import set_peft_model_state_dict
+        from peft import PeftConfig, set_peft_model_state_dict
+        mine, its = peft.active_peft_config.to_dict(), PeftConfig.from_pretrained(folder).to_dict()
+        for name in ("peft_type", "r", "lora_alpha", "use_dora"):
+            if mine.get(name) != its.get(name): raise TrainError(f"{folder}: adapter_config.json says {name} is {its.get(name)!r}, and method.json makes it {mine.get(name)!r}")
         outcome = set_peft_model_state_dict(peft, _read_file(folder / "adapter_model.safetensors"))
         steered = _steering_parameters(model)
         own = {name for name, parameter in peft.named_parameters() if parameter.requires_grad and id(parameter) not in steered}
@@ -306,10 +311,12 @@ def restore_method(method: Method, folder: str | os.PathLike) -> Method:
         if wrong: raise TrainError(f"{folder} does not fit the model: the tensor {wrong[0]!r} has no partner")
     rest = _rest(model)
     stored = _read_file(folder / TENSOR_FILE) if rest else {}
-    for name, parameter in rest.items():
+    for name, parameter in rest.items():                 # all is looked at before anything is written
         if name not in stored: raise TrainError(f"{folder / TENSOR_FILE} lacks the tensor {name!r}")
         if stored[name].shape != parameter.shape: raise TrainError(f"{folder / TENSOR_FILE}: {name!r} has shape {tuple(stored[name].shape)}, expected {tuple(parameter.shape)}")
-        parameter.copy_(stored[name])
+    extra = sorted(stored.keys() - rest.keys())
+    if extra: raise TrainError(f"{folder / TENSOR_FILE} has a tensor that the method does not train: {extra[0]!r}")
+    for name, parameter in rest.items(): parameter.copy_(stored[name])
     return method
 
 def _restore_steerings(model: nn.Module, folder: Path) -> None:
@@ -338,7 +345,9 @@ def read_method(folder: str | os.PathLike) -> dict:
     path = Path(folder) / METHOD_FILE
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error: raise TrainError(f"no method here: {path} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict) or set(content) != {"schema", "name", "options", "base"}: raise TrainError(f"{path} is not a method of steer_nb")
+    whole = isinstance(content, dict) and set(content) == {"schema", "name", "options", "base"}
+    if not whole or not (isinstance(content["name"], str) and isinstance(content["options"], dict) and isinstance(content["base"], dict)):
+        raise TrainError(f"{path} is not a method of steer_nb")
     if content["schema"] != METHOD_SCHEMA:
         raise TrainError(f"{path} has schema {content['schema']!r}, and this version of steer_nb reads {METHOD_SCHEMA}: update steer_nb")
     return content
@@ -653,7 +662,7 @@ def _write_output(run: Run, method: Method, folder: Path) -> None:
             rest = {name: parameter.detach().cpu().contiguous() for name, parameter in _trainable(model).items() if id(parameter) not in steered}
             if steered: save_steerings(model, folder / STEERING_FOLDER)
             if rest: save_file(rest, folder / TENSOR_FILE)
-    except OSError as error: raise TrainError(f"cannot write to {folder}: {error}") from error
+    except (OSError, SafetensorError) as error: raise TrainError(f"cannot write to {folder}: {error}") from error
     run.save(folder / RUN_FILE)
 
 # %% ../nbs/22_train.ipynb #6c05f5a6
@@ -732,9 +741,12 @@ def lora_model(
 ) -> nn.Module:
     "The model with PEFT's LoRA (arXiv 2106.09685), as a `PeftModel`: only the LoRA has `requires_grad`. PEFT's errors are `ValueError`s."
     from peft import LoraConfig, get_peft_model
+    if type(rank) is not int or rank < 1: raise TrainError(f"the rank is a whole number from 1, not {rank!r}")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))): raise TrainError(f"alpha is a number or None, not {alpha!r}")
+    if not isinstance(targets, (str, list, tuple)) or not all(isinstance(one, str) for one in targets): raise TrainError(f"targets are names of linear layers, or 'all-linear', not {targets!r}")
     targets = list(linear_layers(model)) if targets == "all-linear" else targets        # PEFT's own list forgets layers of some models
     config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=0.0, use_dora=dora,
-                        target_modules=targets if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM")
+                        target_modules=[targets] if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM")
     return _seeded(seed, lambda: get_peft_model(model, config))
 
 def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
