@@ -10,6 +10,8 @@ __all__ = ['COLOURS', 'plot_curve', 'plot_accuracy', 'plot_norms', 'plot_shift',
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
@@ -111,10 +113,10 @@ def _place(arm: str) -> str:
     method = next((name for name in sorted(METHODS, key=len, reverse=True) if arm.startswith(name)), None)
     return "as it is" if method is None else "both" if method == "joint" else METHODS[method].site or "weights"
 
-def _legend(ax: Axes, places) -> None:
+def _legend(ax: Axes, places, loc: str = "best") -> None:
     "One entry for each place that was drawn."
     for place in dict.fromkeys(places): ax.plot([], [], "o", color=COLOURS[place], label=place)
-    ax.legend(fontsize=8, loc="best")
+    ax.legend(fontsize=8, loc=loc)
 
 def plot_table(
     table: Table,              # as `experiments.table` returns it
@@ -146,11 +148,26 @@ def plot_sizes(
     frame = table.frame[(table.frame.task == task) & (table.frame.model == (model or table.frame.model.iloc[0])) & table.frame.accuracy.notna()]
     trained = frame[frame.trainable.notna()]
     if trained.empty: raise ValueError(f"the table has no results on {task!r} yet")
-    ax = _axes(ax, 8, 4.5)
-    for arm, size, accuracy, (low, high) in zip(trained.arm, trained.trainable, trained.accuracy, trained.interval):
-        ax.errorbar(size, accuracy, [[accuracy - low], [high - accuracy]], fmt="o", color=COLOURS[_place(arm)], elinewidth=1)
-        ax.annotate(arm, (size, accuracy), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    ax = _axes(ax, 8, 5)
+    lowest, highest = trained.accuracy.min(), trained.accuracy.max()
+    for _, close in trained.groupby(np.log2(trained.trainable.astype(float)).round()):        # arms of about one size: their labels one below the other
+        heights = _apart(close.accuracy, max(highest - lowest, 0.05) / 26)
+        for arm, size, accuracy, (low, high), height in zip(close.arm, close.trainable, close.accuracy, close.interval, heights):
+            ax.errorbar(size, accuracy, [[accuracy - low], [high - accuracy]], fmt="o", color=COLOURS[_place(arm)], elinewidth=0.6)
+            ax.annotate(arm, (size, accuracy), xytext=(size * 1.25, height), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray"})
     for accuracy in frame[frame.arm == "zero_shot"].accuracy: ax.axhline(accuracy, ls=":", color="gray")
-    ax.set(xscale="log", xlabel="trained parameters", ylabel=f"test accuracy on {task}")
-    _legend(ax, map(_place, trained.arm))
+    ax.set(xscale="log", xlim=(trained.trainable.min() / 1.6, trained.trainable.max() * 5), xlabel="trained parameters", ylabel=f"test accuracy on {task}")
+    _legend(ax, map(_place, trained.arm), "lower right")
     return ax
+
+def _apart(values: pd.Series, gap: float) -> list[float]:
+    "Heights for labels, in the order of the values and near them, at least a gap from one another."
+    order = np.argsort(values.to_numpy())
+    heights = values.to_numpy()[order].astype(float)
+    for _ in range(200):                              # push neighbours apart until none are too close
+        for place in range(1, len(heights)):
+            missing = gap - (heights[place] - heights[place - 1])
+            if missing > 1e-9: heights[place - 1:place + 1] += (-missing / 2, missing / 2)
+    found = np.empty(len(heights))
+    found[order] = heights
+    return found.tolist()
