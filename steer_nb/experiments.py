@@ -679,14 +679,14 @@ CLAIMS = (
 @dataclass(frozen=True, repr=False)
 class Claims:
     "Verdicts as a table that prints as Markdown and displays in Jupyter."
-    frame: pd.DataFrame      # a claim: claim, says, verdict, difference, low, high (of the 95 % interval), pairs
+    frame: pd.DataFrame      # a claim: claim, says, verdict, difference (in accuracy; or what was measured), low, high (of the 95 % interval), pairs
 
     def only(self, *names: str) -> "Claims":
         "Those of some names, such as C1."
         return Claims(self.frame[self.frame.claim.isin(names)])
 
     def __repr__(self) -> str:
-        lines = ["| claim | says | verdict | difference | 95 % interval |", "| --- | --- | --- | --- | --- |"]
+        lines = ["| claim | says | verdict | value | 95 % interval |", "| --- | --- | --- | --- | --- |"]
         for row in self.frame.itertuples():
             numbers = "|  |" if row.verdict == "no runs yet" else f"{row.difference:+.3f} | {row.low:+.3f} to {row.high:+.3f} |"
             lines.append(f"| {row.claim} | {row.says} | {row.verdict} | {numbers}")
