@@ -19,7 +19,9 @@ from statistics import NormalDist
 
 import pandas as pd
 import torch
-from torch import nn
+from accelerate.utils import gather_object
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -157,6 +159,27 @@ def _batches(
         room -= rows[index]
     return batches
 
+def _each_its_part(batches: Sequence[list[int]], work: Callable[[list[int]], Iterator[tuple[int, object]]]) -> dict[int, object]:
+    """What `work` makes of the indices of each batch, in batches that the processes of a launch share; all get all of it.
+
+    Each process makes equally many passes, for some models (under FSDP) need all of them in each: the last ones may do a batch twice.
+    If one fails, all of them raise."""
+    shared = distributed.is_available() and distributed.is_initialized()
+    process, processes = (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+    found, failure = {}, None
+    for turn in range(math.ceil(len(batches) / processes)):
+        try: found.update(work(batches[(turn * processes + process) % len(batches)]))
+        except Exception as error:
+            if not shared: raise
+            failure = error
+            break
+    if not shared: return found
+    parts = gather_object([(found, failure and str(failure))])
+    if failure is not None: raise failure
+    for _, other in parts:
+        if other is not None: raise EvaluateError(f"another process failed: {other}")
+    return {index: value for part, _ in parts for index, value in part.items()}
+
 # %% ../nbs/23_evaluate.ipynb #391b653c
 def _token_log_likelihoods(log_probabilities: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     "The log-likelihood of tokens (count,), each at its own row of (count, vocab)."
@@ -273,16 +296,18 @@ def choice_scores(
     """
     encoded = [encode_choices(tokenizer, example, chat, context_length(model)) for example in examples]
     lengths = [(choices[0].prompt_length, max(len(choice.input_ids) for choice in choices)) for choices in encoded]
-    scores = [None] * len(examples)
+    batches = _batches(lengths, [len(_rows(choices)) for choices in encoded], batch_size)
     with _evaluating(model), tqdm(total=len(examples), desc="choices", leave=False, delay=2) as bar:
         way = _choose_way(model, tokenizer, encoded)
-        for batch in _batches(lengths, [len(_rows(choices)) for choices in encoded], batch_size):
+        def work(batch: list[int]) -> Iterator[tuple[int, list[float]]]:
             for index, tokens in zip(batch, way(model, tokenizer, [encoded[index] for index in batch])):
-                scores[index] = [float(score.mean() if normalise else score.sum()) for score in tokens]
-                if any(map(math.isnan, scores[index])):
+                own = [float(score.mean() if normalise else score.sum()) for score in tokens]
+                if any(map(math.isnan, own)):
                     raise EvaluateError(f"the model's logits are NaN for example {examples[index].id!r}: its weights or its steering are broken")
+                yield index, own
             bar.update(len(batch))
-    return scores
+        scores = _each_its_part(batches, work)
+    return [scores[index] for index in range(len(examples))]
 
 # %% ../nbs/23_evaluate.ipynb #67d88aa7
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
@@ -336,7 +361,8 @@ def _generates_in_batches(model: nn.Module, tokenizer, prompts: Sequence[list[in
 def _generate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], names: Sequence[str], greedy: GenerationConfig) -> list[str]:
     "What the model writes after each prompt, up to an end token."
     inputs = {name: tensor.to(model.device) for name, tensor in pad_batch(tokenizer, prompts, "left").items()}
-    output = model.generate(**inputs, generation_config=greedy, logits_processor=LogitsProcessorList([_RefuseNaN(names)]))
+    output = model.generate(**inputs, generation_config=greedy, logits_processor=LogitsProcessorList([_RefuseNaN(names)]),
+                            synced_gpus=isinstance(model, FSDPModule))
     ends, texts = set(greedy.eos_token_id or ()), []
     for tokens in output[:, inputs["input_ids"].shape[1]:].tolist():
         stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
@@ -361,16 +387,15 @@ def generate_answers(
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise EvaluateError(f"example {example.id!r} has a prompt of {len(prompt)} tokens; with {max_new_tokens} new ones "
                                 f"that is more than the model's context of {limit}: leave it out, or ask for fewer")
-    texts = [""] * len(examples)
     with (_evaluating(model), _greedy(model, tokenizer, max_new_tokens) as greedy,
           tqdm(total=len(examples), desc="answers", leave=False, delay=2) as bar):
         if batch_size > 1 and len(prompts) > 1 and not _generates_in_batches(model, tokenizer, prompts, greedy): batch_size = 1
-        for batch in _batches([len(prompt) for prompt in prompts], [1] * len(prompts), batch_size):
+        def work(batch: list[int]) -> Iterator[tuple[int, str]]:
             names = [examples[index].id for index in batch]
-            for index, text in zip(batch, _generate(model, tokenizer, [prompts[index] for index in batch], names, greedy)):
-                texts[index] = text
+            yield from zip(batch, _generate(model, tokenizer, [prompts[index] for index in batch], names, greedy))
             bar.update(len(batch))
-    return texts
+        texts = _each_its_part(_batches([len(prompt) for prompt in prompts], [1] * len(prompts), batch_size), work)
+    return [texts[index] for index in range(len(examples))]
 
 # %% ../nbs/23_evaluate.ipynb #9cf4e9ef
 def _examples(task: Task, split: str) -> Sequence[Example]:
@@ -401,6 +426,7 @@ def evaluate(
 ) -> Result:
     """How often the model is right on a split of the task, with every prediction.
 
+    Under a launcher all processes call it: they share the examples, and each gets the whole result.
     Raises `EvaluateError` for an unknown or empty split, an example with one choice, a context too short for an answer,
     or NaN logits, and `TaskError` if an example with its choices is longer than the model's context.
     """

@@ -284,6 +284,7 @@ def listops_base() -> tuple[nn.Module, PreTrainedTokenizerFast]:
             if not kept.exists():
                 model, tokenizer = _small_llama(4, 128, 384, "listops-llama")
                 run = fit(model.requires_grad_(True), tokenizer, load_task(**BED["task"]), TrainConfig(**BED["training"]))
+                if run.stopped: raise KeyboardInterrupt
                 model.save_pretrained(folder / "copy")
                 run.save(folder / "copy" / "run.json")
                 _keep(folder / "copy", kept)
@@ -327,7 +328,10 @@ def _train(spec: Spec) -> tuple:
     while True:
         model, tokenizer = load_bed(spec.model)
         method = apply_method(model, spec.method, **spec.options)
-        try: return method, tokenizer, fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training)), note
+        try:
+            run = fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training))
+            if run.stopped: raise KeyboardInterrupt          # half a training is no result
+            return method, tokenizer, run, note
         except torch.OutOfMemoryError:
             if note: raise
             config = TrainConfig(**training)

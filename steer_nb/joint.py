@@ -222,6 +222,14 @@ class Joint(Method):
         if self.config.project in ("steps", "epoch", "once") and not self.projected:
             warnings.warn(f"project={self.config.project!r} with every={self.config.every} never came to project: the training was too short, or a half rested")
 
+    def state(self) -> dict:
+        "Whether `project` has had something to remove."
+        return {"projected": self.projected}
+
+    def set_state(self, state: dict) -> None:
+        "Go on from what `state` returned."
+        self.projected = state["projected"]
+
     def groups(self) -> list[Group]:
         "The weights, then the steering."
         config = self.config
