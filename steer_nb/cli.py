@@ -61,12 +61,31 @@ Size = Annotated[int | None, typer.Option(min=1, help="How many examples; all th
 Seed = Annotated[int, typer.Option(min=0, help="Of the examples chosen, their order, and the adapters' start.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples at once.")]
 
-def _steered(model: str, steering: Path | None):
+def _first() -> bool:
+    "Whether this is the first process that a launcher started, or the only one: it alone speaks and writes."
+    return os.environ.get("RANK", "0") == "0"
+
+def _say(text) -> None:
+    "Print, once for all processes."
+    if _first(): typer.echo(text)
+
+def _join() -> bool:
+    "Find the other processes, before a model is loaded: each gets a GPU of its own. Whether they share the model (FSDP)."
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes == 1:
+        raise RuntimeError(f"{processes} processes were started and see no GPU: set ACCELERATE_USE_CPU=true to train on the CPU")
+    return processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+def _steered(model: str, steering: Path | None, dtype: str = "float32"):
     "A model with its tokenizer, and with a saved steering on it if there is one."
+    import torch
     from steer_nb.assets import load_model
     from steer_nb.steering import load_steering
-    loaded, tokenizer = load_model(model)
-    if steering is not None: typer.echo(load_steering(loaded, steering))
+    if dtype not in ("float32", "bfloat16"): raise ValueError(f"no dtype {dtype!r}: there are float32 and bfloat16")
+    loaded, tokenizer = load_model(model, getattr(torch, dtype), "cpu" if _join() else None)      # to be shared it need not fit on one GPU
+    if steering is not None: _say(load_steering(loaded, steering))
     return loaded, tokenizer
 
 # %% ../nbs/41_cli.ipynb #7f97ab06
@@ -98,6 +117,7 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training examples.")] = 1,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="Of the frozen model in memory: float32, or bfloat16 to halve it.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False,
 ):
     "Train a steering on a task, and save it with the record of the run."
@@ -107,10 +127,10 @@ def train(
     config = SteeringConfig(kind=kind, site=site, rank=rank, positions=positions, seed=seed)
     training = TrainConfig(lr=lr, epochs=epochs, batch_size=batch_size, seed=seed)
     examples = load_task(task, n_train=n_train, seed=seed)
-    loaded, tokenizer = _steered(model, None)
-    typer.echo(steer(loaded, config))
-    typer.echo(fit(loaded, tokenizer, examples, training, output=output, overwrite=overwrite))
-    typer.echo(f"saved in {output}")
+    loaded, tokenizer = _steered(model, None, dtype)
+    _say(steer(loaded, config))
+    _say(fit(loaded, tokenizer, examples, training, output=output, overwrite=overwrite))
+    _say(f"saved in {output}")
 
 # %% ../nbs/41_cli.ipynb #339a6c77
 @app.command(epilog="Example: steer_nb evaluate --task sst2 --steering runs/sst2/steering")
@@ -132,8 +152,8 @@ def evaluate(
     examples = load_task(task, seed=seed, **sizes)
     loaded, tokenizer = _steered(model, steering)
     result = score(loaded, tokenizer, examples, split=split, batch_size=batch_size)
-    typer.echo(result)
-    if output is not None: typer.echo(f"saved in {result.save(output)}")
+    _say(result)
+    if output is not None and _first(): _say(f"saved in {result.save(output)}")
 
 @app.command(epilog="Example: steer_nb generate 'Review: a joy to watch.' --steering runs/sst2/steering --strength 0.5")
 def generate(

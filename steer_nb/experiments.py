@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'BEAT', 'STALE', 'LISTOPS', 'BED', 'BEDS', 'LARGE', 'DRAWS', 'CLAIMS', 'FULL', 'WEIGHTS', 'SHIFTS',
-           'PRESETS', 'TOKENS', 'EXAMPLES', 'PEAK', 'UTILISATION', 'SHAPES', 'ExperimentError', 'Spec', 'Store',
-           'claimed', 'Arm', 'Experiment', 'Job', 'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base',
-           'load_bed', 'do', 'run_grid', 'Table', 'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims',
-           'keep_claim', 'preset', 'dry_run']
+           'PRESETS', 'TOKENS', 'EXAMPLES', 'ExperimentError', 'Spec', 'Store', 'claimed', 'Arm', 'Experiment', 'Job',
+           'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base', 'load_bed', 'do', 'run_grid', 'Table',
+           'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims', 'keep_claim', 'preset', 'dry_run']
 
 # %% ../nbs/30_experiments.ipynb #d78193ae
 import hashlib
@@ -33,11 +32,12 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from .assets import AssetError, _keep, _workshop, cache_folder, load_model
 from .evaluate import evaluate
 from .methods import METHODS, apply_method, load_method, method_row, method_size
+from .scale import GPUS, SHAPES, UTILISATION, bare_model
 from .sites import nearest
 from .tasks import OPERATORS, TASKS, Task, load_task
 from .train import TrainConfig, TrainError, fit
@@ -768,22 +768,11 @@ def preset(name: str) -> Experiment:
 # %% ../nbs/30_experiments.ipynb #888a4792
 TOKENS = {"sst2": 30, "boolq": 150, "piqa": 45, "arc_challenge": 50, "winogrande": 45, "gsm8k": 260, "listops": 40}     # of an example with its choices, roughly
 EXAMPLES = {"boolq": (9427, 3270), "winogrande": (9248, 1267), "arc_challenge": (1119, 1471), "gsm8k": (7473, 1319)}     # of the Hub's splits: training, the rest
-PEAK, UTILISATION = 989e12, 0.35            # an H100 in bfloat16, and the share of it that such trainings reach
-
-SHAPES = {   # published configurations of models that cannot be fetched everywhere
-    "meta-llama/Llama-3.2-1B": LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-    "meta-llama/Meta-Llama-3-8B": LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
-    "google/gemma-3-1b-pt": Gemma3TextConfig(hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256, vocab_size=262144),
-    "google/gemma-3-4b-pt": Gemma3TextConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208),
-    "smollm2-135m": LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-    "gemma3-270m": Gemma3TextConfig(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1, head_dim=256, vocab_size=262144),
-}
-
 def _bare(name: str) -> nn.Module:
     "The model without storage: from its published shape, or from its bed."
     if name in _SIZES: return _small_llama(*_SIZES[name], name)[0]
     if name not in SHAPES: raise ExperimentError(f"the shape of {name!r} is not known here: shapes are known of {', '.join((*SHAPES, *BEDS))}")
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(SHAPES[name])
+    return bare_model(name)
 
 def _example_counts(task: dict) -> tuple[int, int, int]:
     "Training, validation and test examples of a task, without loading it."
@@ -826,4 +815,4 @@ def _runs(experiment: Experiment, model_name: str, model: nn.Module, total: int,
 def _cost(model: str, task: str, arm: str, what: str, lr: float | None, seed: int | None, size: int, total: int, operations: float) -> dict:
     "One row of `dry_run`."
     return {"model": model, "task": task, "arm": arm, "what": what, "lr": lr, "seed": seed, "trainable": size, "share": size / total,
-            "operations": float(operations), "hours": operations / (PEAK * UTILISATION) / 3600}
+            "operations": float(operations), "hours": operations / (GPUS["H100"].bfloat16 * UTILISATION) / 3600}
