@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import adapter_size
-from .joint import JointConfig, joint, unharmed
+from .adapters import AdapterError, adapter_size
+from .joint import JointConfig, JointError, joint, unharmed
 from .sites import SiteError, _parts, activation_shape, blocks, nearest
-from .steering import SteeringConfig, _base, _check_base, _sites, steer, steerings
+from .steering import SteeringConfig, SteeringError, _base, _check_base, _sites, steer, steerings
 from .steering import TENSOR_FILE as STEERING_TENSORS
 from .train import METHOD_FILE, TENSOR_FILE, Method, TrainError, linear_layers, lora_model, read_method, restore_method
 
@@ -316,14 +316,15 @@ def load_method(
     folder: str | os.PathLike,      # what `method.save` wrote
     check_base: bool = True,        # False: let it onto another model of the same shape
 ) -> Method:
-    """Put a saved method on a model. Raises `TrainError` and `SteeringError` if the files are damaged or made for another model, and then
-    leaves the model as it was."""
+    """Put a saved method on a model. Raises `TrainError` and `SteeringError` if the files are damaged or made for another model, or what
+    `apply_method` raises for the name and the options in them, and then leaves the model as it was."""
     content = read_method(folder)
     try:
         if check_base: _check_base(folder, content["base"], model)
         _check_stored(model, folder, content)
         with unharmed(model): return restore_method(apply_method(model, content["name"], **content["options"]), folder)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (AdapterError, JointError, MethodError, SiteError, SteeringError, TrainError): raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:         # PEFT's and torch's own, too
         raise TrainError(f"{folder} is damaged: what its files say does not go together ({error})") from error
 
 def _check_stored(model: nn.Module, folder: str | os.PathLike, content: dict) -> None:
