@@ -703,7 +703,7 @@ def _read_tensors(path: Path, expected: dict[str, torch.Tensor], others: Sequenc
             found = {key: file.get_tensor(key).to(tensor.dtype) for key, tensor in expected.items()}
     except FileNotFoundError as problem: raise error(f"nothing to read here: {path} does not exist") from problem
     except error: raise
-    except (OSError, ValueError, SafetensorError) as problem: raise error(f"{path} is not a whole safetensors file: {problem}") from problem
+    except (MemoryError, OSError, ValueError, SafetensorError) as problem: raise error(f"{path} is not a whole safetensors file: {problem}") from problem
     for key, tensor in found.items():
         if not tensor.isfinite().all(): raise error(f"{path}: {key!r} has values that are not finite")
     return found

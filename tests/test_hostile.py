@@ -216,7 +216,7 @@ def bad_values():
     for field, values in {
         "kind": ["lineer", [], None, "a" * 900_000, {"a": 1}], "site": ["../block", 3], "rank": [0, -1, 10 ** 9, 33, True, 2.0, "2", None], "layers": [[], [0, 0], [-1], [2], [True], [0.0], [[0]], [{}], {}, "some", list(range(100_000)), [10 ** 18], [0] * 300_000],
         "positions": ["", "prefix:0", "prefix:9999999999", "suffix:3\n", [], "last " * 100_000], "activation": ["exec", 1], "bias": [1, "yes"], "seed": [-1, 2 ** 63 - 1 + 0.5, True, "0"],
-        "init": ["gradient", "x"], "heads": [[], [[0, 0]], "all"], "strength": [math.inf, math.nan, 1e300, 10_001, True, "1", None, [1]], "another": [1]}.items():
+        "init": ["x", None, ["gradient"]], "heads": [[], [[0, 0]], "all"], "strength": [math.inf, math.nan, 1e300, 10_001, True, "1", None, [1]], "another": [1]}.items():
         for value in values: yield "one", f"{field} {str(value)[:24]}", change(*where, field, value=value)
     yield "one", "strength 1e400", lambda folder: (folder / where[0]).write_text((folder / where[0]).read_text().replace('"strength": 0.5', '"strength": 1e400'))
     yield "one", "the same key twice", lambda folder: (folder / where[0]).write_text((folder / where[0]).read_text().replace('"strength": 0.5', '"strength": 0.5, "strength": 0.5'))
@@ -271,7 +271,10 @@ with open("/proc/self/statm") as file: taken = int(file.read().split()[0]) * res
 resource.setrlimit(resource.RLIMIT_AS, (taken + (512 << 20), resource.RLIM_INFINITY))
 def stop(*_): raise TimeoutError("10 seconds")
 signal.signal(signal.SIGALRM, stop)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(): return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("Vm")}     # MiB
+try: open("/proc/self/clear_refs", "w").write("5")       # the peak so far is forgotten
+except OSError: pass
+before = memory()["VmRSS"]
 for number, (name, folder) in enumerate(cases["bad"]):
     start, outcome = time.perf_counter(), "loaded"
     signal.alarm(10)
@@ -284,7 +287,7 @@ for number, (name, folder) in enumerate(cases["bad"]):
         try: unchanged.check()
         except AssertionError: outcome = f"changed the model, and {outcome}"
     if outcome != "refused": unchanged = Unchanged()
-    print(json.dumps([number, outcome, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]), flush=True)
+    print(json.dumps([number, outcome, seconds, memory()["VmHWM"] - before]), flush=True)
 '''
 
 
