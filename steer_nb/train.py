@@ -44,8 +44,9 @@ from transformers.pytorch_utils import Conv1D
 from . import __version__
 from .assets import _keep, _workshop, cache_folder, load_model
 from .sites import nearest
-from .steering import CONFIG_FILE, SteeringConfig, _check_strength, _read_config, _read_json, _read_tensors, fingerprint, prompt_ends, save_steerings, steerings
+from .steering import CONFIG_FILE, SteeringConfig, _read_config, _read_tensors, fingerprint, prompt_ends, save_steerings, steerings
 from .steering import TENSOR_FILE as STEERING_TENSORS
+from .steering import _check_strength, _read_json
 from .tasks import Encoded, Task, collate, encode, length_grouped_batches
 
 # %% ../nbs/22_train.ipynb #382395eb
