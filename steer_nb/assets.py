@@ -26,9 +26,11 @@ from filelock import FileLock
 from gguf import GGUFReader
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
+
+from .steering import _read_json
 
 # %% ../nbs/20_assets.ipynb #6fc87969
 class AssetError(ValueError):
@@ -290,23 +292,50 @@ def _converted(name: str) -> Path:
         _keep(folder / "model", target)
     return target
 
+# %% ../nbs/20_assets.ipynb #949c789c
+def _beside(source: str | Path, name: str, revision: str | None) -> Path | None:
+    "A file of a model folder, or of a Hub id: None if it has none of that name."
+    found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return found and Path(found)
+
+def _check_trust(source: str | Path, revision: str | None) -> None:
+    "`AssetError` if loading the model would unpickle a file, run the code of others, or fetch another model than was asked for."
+    where = repr(str(source))
+    try:
+        config, listing = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False), _beside(source, "model.safetensors.index.json", revision)
+        index = _read_json(listing.resolve(), 1 << 26) if listing else {}
+    except (OSError, RecursionError, ValueError) as error: raise AssetError(f"cannot load a model from {where}: {str(error).splitlines()[0]}") from error
+    if _beside(source, "adapter_config.json", revision):
+        raise AssetError(f"{where} has an adapter of PEFT, which can name another model and would be loaded without a question: take adapter_config.json out of it, "
+                         "load the model, and put the adapter on it with PeftModel.from_pretrained")
+    shards = index.get("weight_map", {}) if isinstance(index, dict) else {"": index}
+    files = [getattr(config, "transformers_weights", None) or "model.safetensors", *(shards.values() if isinstance(shards, dict) else [shards])]
+    wrong = [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(file))]
+    if wrong: raise AssetError(f"{where} says that its weights are in {wrong[0]!r}, which is no safetensors file next to it: {_ANEW}")
+    kernels = [part._attn_implementation for part in (config, *(getattr(config, name, None) for name in config.sub_configs)) if "/" in str(getattr(part, "_attn_implementation", ""))]
+    if kernels: raise AssetError(f"the config.json of {where} asks for a kernel from the Hub, {kernels[0]!r}, which is the code of others: take it out")
+
+_ANEW = "nothing is unpickled here; where you trust it, load it with transformers and write it anew with save_pretrained"
+
 # %% ../nbs/20_assets.ipynb #2389de81
 def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     "The tokenizer in a folder or on the Hub; `AssetError` if there is none, or one without a vocabulary."
     problem = AssetError(f"there is no tokenizer that loads in {str(source)!r}; put the model's own there with "
                          "tokenizer.save_pretrained(folder)")
     try: tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error: raise problem from error
+    except (OSError, RecursionError, ValueError) as error: raise problem from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)): raise problem
     return tokenizer
 
 def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
     "The model in a folder or on the Hub; `AssetError` if there is none, or one that lacks tensors."
+    _check_trust(source, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AssetError(f"cannot load a model from {str(source)!r}: {str(error).splitlines()[0]}") from error
+            source, dtype=dtype, revision=revision, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    except (ImportError, OSError, RecursionError, ValueError, SafetensorError) as error:
+        pickled = f"; {_ANEW}" if isinstance(error, OSError) and any(_beside(source, name, revision) for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")) else ""
+        raise AssetError(f"cannot load a model from {str(source)!r}: {str(error).splitlines()[0].rstrip('.')}{pickled}") from error
     if report["missing_keys"]:
         raise AssetError(f"the checkpoint in {str(source)!r} lacks {len(report['missing_keys'])} tensors of "
                          f"{type(model).__name__}, the first being {min(report['missing_keys'])}")

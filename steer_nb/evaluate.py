@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .steering import prompt_ends
+from .steering import _read_json, prompt_ends
 from .tasks import Encoded, Example, Task, encode_choices, encode_prompt, pad_batch
 from .train import Method, accepts, as_method, context_length, logits_at
 
@@ -122,7 +122,7 @@ def _write_result(result: Result, path: Path, overwrite: bool) -> Path:
 
 def _read_result(cls: type[Result], path: Path) -> Result:
     "Read a result from JSON, its outline checked."
-    try: content = json.loads(path.read_text(encoding="utf-8"))
+    try: content = _read_json(path, 1 << 26)
     except (OSError, ValueError) as error: raise EvaluateError(f"{path} cannot be read as JSON: {error}") from error
     names = [field.name for field in fields(cls)]
     if not isinstance(content, dict) or set(content) != {"schema", "accuracy", "interval", "n", *names}:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -20,11 +21,12 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import adapter_size
-from .joint import JointConfig, joint, unharmed
+from .adapters import AdapterError, adapter_size
+from .joint import JointConfig, JointError, joint, unharmed
 from .sites import SiteError, _parts, activation_shape, blocks, nearest
-from .steering import SteeringConfig, _base, _check_base, _sites, steer, steerings
-from .train import Method, TrainError, linear_layers, lora_model, read_method, restore_method
+from .steering import SteeringConfig, SteeringError, _base, _check_base, _sites, steer, steerings
+from .steering import TENSOR_FILE as STEERING_TENSORS
+from .train import METHOD_FILE, TENSOR_FILE, Method, TrainError, linear_layers, lora_model, read_method, restore_method
 
 # %% ../nbs/25_methods.ipynb #6456bd22
 class MethodError(ValueError):
@@ -228,7 +230,7 @@ def _joint_size(model: nn.Module, **options) -> int:
     config = JointConfig(**options)
     if config.weights == "full":
         stack = blocks(model)
-        chosen = range(len(stack)) if config.weight_layers == "all" else config.weight_layers
+        chosen = range(len(stack)) if config.weight_layers == "all" else set(config.weight_layers)
         weights = sum(parameter.numel() for parameter in {p for layer in chosen for p in stack[layer].parameters()})
     else: weights = _lora_size(model, config.weight_rank, config.targets, config.weights == "dora")
     return weights + _steered(config.kind, "block")["size"](model, rank=config.rank)
@@ -275,6 +277,16 @@ def _plain(options: dict, name: str) -> str:
     try: return json.dumps({key: list(value) if isinstance(value, (range, set, frozenset)) else value for key, value in options.items()})
     except TypeError as error: raise MethodError(f"{name}: an option cannot be written to a file ({error}): use numbers, words and lists of them") from error
 
+def _check_options(model: nn.Module, options: dict) -> None:
+    "Raise `MethodError` for numbers that no model of this size can use: they would take memory or hours before anything else refused them."
+    full, modules = max(min(p.shape[-2:]) for p in model.parameters() if p.ndim > 1 and p.numel()), len(list(model.modules()))
+    for name in ("rank", "weight_rank"):
+        if type(options.get(name)) is int and options[name] > full: raise MethodError(f"{name} {options[name]} is more than {full}, the largest rank of a matrix of this model")
+    for name in ("targets", "layers", "weight_layers"):
+        if isinstance(options.get(name), list) and len(options[name]) > modules: raise MethodError(f"{name} has {len(options[name]):,} entries, and this model has {modules:,} modules")
+    alpha = options.get("alpha")
+    if isinstance(alpha, (int, float)) and not abs(alpha) <= 10_000: raise MethodError(f"alpha is a number from -10,000 to 10,000, not {alpha!r}")
+
 def method_size(model: nn.Module, name: str, **options) -> int:
     "How many parameters the method would train on this (bare) model, by formula; the model may be on the meta device. Errors as `apply_method`."
     _, row, options = method_row(name, options)
@@ -291,6 +303,7 @@ def apply_method(
     `MethodError` for an unknown method or option, `SiteError` where the model lacks the site, and `ValueError`s of PEFT and of
     steering for values that do not fit; the model is then as it was."""
     own, row, options = method_row(name, options)
+    _check_options(model, options)
     with unharmed(model):
         base = _base(model)
         method = row.build(model, **options)
@@ -303,10 +316,21 @@ def load_method(
     folder: str | os.PathLike,      # what `method.save` wrote
     check_base: bool = True,        # False: let it onto another model of the same shape
 ) -> Method:
-    """Put a saved method on a model. Raises `TrainError` and `SteeringError` if the files are damaged or made for another model, and then
-    leaves the model as it was."""
+    """Put a saved method on a model. Raises `TrainError` and `SteeringError` if the files are damaged or made for another model, or what
+    `apply_method` raises for the name and the options in them, and then leaves the model as it was."""
     content = read_method(folder)
     try:
         if check_base: _check_base(folder, content["base"], model)
+        _check_stored(model, folder, content)
         with unharmed(model): return restore_method(apply_method(model, content["name"], **content["options"]), folder)
-    except (TypeError, KeyError, RuntimeError) as error: raise TrainError(f"{folder} is damaged: what its files say does not go together ({error})") from error
+    except (AdapterError, JointError, MethodError, SiteError, SteeringError, TrainError): raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:         # PEFT's and torch's own, too
+        raise TrainError(f"{folder} is damaged: what its files say does not go together ({error})") from error
+
+def _check_stored(model: nn.Module, folder: str | os.PathLike, content: dict) -> None:
+    "Raise `TrainError` if the method has more numbers than the files next to `method.json` have bytes for: that is known before any of them is made."
+    _, row, options = method_row(content["name"], content["options"])
+    _check_options(model, options)
+    size = row.size(model, **options)
+    stored = sum(path.stat().st_size for path in map(Path(folder).joinpath, (TENSOR_FILE, STEERING_TENSORS, "adapter_model.safetensors")) if path.is_file())
+    if 2 * size > stored: raise TrainError(f"{folder}: the options in {METHOD_FILE} make {size:,} numbers, and the files have {stored:,} bytes")

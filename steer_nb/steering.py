@@ -9,17 +9,19 @@ __all__ = ['INITS', 'SCHEMA', 'CONFIG_FILE', 'TENSOR_FILE', 'SteeringError', 'po
 # %% ../nbs/03_steering.ipynb #e953bcf7
 import inspect
 import json
+import math
 import os
 import re
-import sys
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -107,9 +109,10 @@ class SteeringConfig:
         if self.layers == "all": return
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not len(self.layers):
             raise SteeringError(f"layers is 'all' or a list of layer numbers, not {self.layers!r}")
-        repeated = sorted({layer for layer in self.layers if list(self.layers).count(layer) > 1})
+        layers = sorted(Site(layer, self.site).layer for layer in self.layers)
+        repeated = sorted({layer for layer, following in zip(layers, layers[1:]) if layer == following})
         if repeated: raise SteeringError(f"layers are repeated: {', '.join(map(str, repeated))}")
-        object.__setattr__(self, "layers", tuple(sorted(Site(layer, self.site).layer for layer in self.layers)))
+        object.__setattr__(self, "layers", tuple(layers))
 
 # %% ../nbs/03_steering.ipynb #7030d8dd
 class _Batch:
@@ -321,15 +324,17 @@ def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     device = getattr(hook, "execution_device", None) if parameter.is_meta else None
     return torch.device(parameter.device if device is None else device), torch.promote_types(parameter.dtype, torch.float32)
 
-def _build(model: nn.Module, config: SteeringConfig) -> list[tuple[Site, Place, Adapter]]:
-    "New adapters for a configuration, not yet on the model. Seeded, whatever the state of the global generator."
-    generator, stack, built = torch.Generator().manual_seed(config.seed), blocks(model), []
+def _build(model: nn.Module, config: SteeringConfig, outline: bool = False) -> list[tuple[Site, Place, Adapter]]:
+    """New adapters for a configuration, not yet on the model. Seeded, whatever the state of the global generator.
+
+    An outline has the names, shapes and dtypes, and no memory: it is on the meta device."""
+    generator, stack, built = None if outline else torch.Generator().manual_seed(config.seed), blocks(model), []
     for site, place in _sites(model, config).items():
         shape, heads = activation_shape(model, place), _heads(config, site, place)
         if heads is not None: shape = (len(heads), shape[-1])
-        adapter = make_adapter(config.kind, shape, config.rank, config.activation, config.bias, generator)
+        with torch.device("meta" if outline else "cpu"): adapter = make_adapter(config.kind, shape, config.rank, config.activation, config.bias, generator)
         device, dtype = _home(stack[site.layer])
-        built.append((site, place, adapter.to(device, dtype).train(model.training)))
+        built.append((site, place, adapter.to("meta" if outline else device, dtype).train(model.training)))
     return built
 
 # %% ../nbs/03_steering.ipynb #d35d5d4e
@@ -367,9 +372,11 @@ def _attach(model: nn.Module, name: str, config: SteeringConfig, built: list, fr
     registry.configs[name] = config
     return Steering(model, name)
 
+_NAME = r"[A-Za-z0-9_-]{1,64}"
+
 def _check_name(model: nn.Module, name: str) -> str:
     "`name`, if a steering can be put on this model under it."
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
         raise SteeringError(f"a steering's name is a word of letters, digits, '-' and '_', not {name!r}")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise SteeringError("this model is compiled already, and a compiled model does not see new hooks: steer it first, then compile it")
@@ -413,9 +420,9 @@ def _start_reading(built: list, config: SteeringConfig, scores) -> None:
 
 # %% ../nbs/03_steering.ipynb #ea764269
 def _check_strength(value) -> float:
-    "`value` as a float, if it is a finite number; `SteeringError` otherwise."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise SteeringError(f"the strength is a finite number, not {value!r}")
+    "`value` as a float, if it is a number that half precision can hold; `SteeringError` otherwise."
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 10_000:
+        raise SteeringError(f"the strength is a number from -10,000 to 10,000, not {value!r}")
     return float(value)
 
 class Steering:
@@ -580,7 +587,7 @@ def _differences(found: dict, expected: dict) -> list[str]:
     for part, values in expected["fingerprint"].items():
         here = found["fingerprint"][part]
         if values is None or here is None: continue
-        if len(values) != len(here): raise KeyError(part)
+        if len(values) != len(here) or not {type(value) for value in values} <= {int, float}: raise KeyError(part)
         size = sum(map(abs, values)) / len(values)
         if not all(abs(a - b) <= abs(b) / 128 + size / 1000 for a, b in zip(here, values)):  # bfloat16 keeps 8 bits
             differences.append(f"the weights of its {part} are others")
@@ -613,25 +620,63 @@ def _save_pretrained(model, save_directory, *args, state_dict=None, **kwargs):
     if kwargs.get("is_main_process", True): _write(list(steerings(model).values()), Path(save_directory))
     return written
 
+# %% ../nbs/03_steering.ipynb #ab13120c
+_DEEPEST = 16        # levels of nesting in a JSON file; ours have five
+
+def _file(path: Path, most: int | None = None) -> Path:
+    """Where a file is, its links followed. Raises `OSError` if it is not there, and `ValueError` if it is not a regular file of at most so
+    many bytes, or if it is a link that leaves its folder and the Hub's cache."""
+    real = Path(os.path.realpath(path, strict=True))
+    if not any(real.is_relative_to(Path(root).resolve()) for root in (path.parent, constants.HF_HUB_CACHE)): raise ValueError("it is a link to a place outside of its folder")
+    found = real.stat()
+    if not stat.S_ISREG(found.st_mode): raise ValueError("it is not a regular file")
+    if most is not None and found.st_size > most: raise ValueError(f"it has {found.st_size:,} bytes, and at most {most:,} make sense here")
+    return real
+
+def _read_json(path: Path, most: int = 1 << 20):
+    "What a JSON file of at most so many bytes says. Raises `OSError` and `ValueError`."
+    with open(_file(path, most), "rb") as file: data = file.read(most + 1)
+    outline = re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", data, flags=re.DOTALL)).translate(None, bytes(set(range(256)) - set(b"[]{}")))
+    if any(depth > _DEEPEST for depth in accumulate(1 if byte in b"[{" else -1 for byte in outline)): raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    content = json.loads(data.decode("utf-8"), parse_int=_whole, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_once)
+    try: json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error: raise ValueError("it has half of a surrogate pair") from error
+    return content
+
+# %% ../nbs/03_steering.ipynb #1d158d0c
+def _whole(text: str) -> int:
+    "A whole number in JSON, if it fits into 64 bits."
+    if len(text) > 20 or not -2 ** 63 <= int(text) < 2 ** 63: raise ValueError(f"the number {text[:20]}… needs more than 64 bits")
+    return int(text)
+
+def _finite(text: str) -> float:
+    "Any other number in JSON, if it is finite."
+    if not math.isfinite(float(text)): raise ValueError(f"{text[:20]} is not a finite number")
+    return float(text)
+
+def _once(pairs: list[tuple]) -> dict:
+    "An object in JSON, if no key is there twice."
+    if len(dict(pairs)) < len(pairs): raise ValueError(f"a key is there twice in {', '.join(key for key, _ in pairs)[:60]!r}")
+    return dict(pairs)
+
 # %% ../nbs/03_steering.ipynb #006f6948
 def _read_config(path: Path) -> dict:
     "The content of a `steering_config.json`, its outline checked."
-    try:
-        if path.stat().st_size > 1 << 20: raise SteeringError(f"{path} is {path.stat().st_size:,} bytes: no steering config is that large")
-        content = json.loads(path.read_text(encoding="utf-8"))
+    try: content = _read_json(path)
     except FileNotFoundError as error: raise SteeringError(f"no steering here: {path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, SteeringError): raise
-        raise SteeringError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError) as error: raise SteeringError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or type(content.get("schema")) is not int or content["schema"] < 1: raise SteeringError(f"{path} is not a steering config: it has no schema number")
     if content["schema"] > SCHEMA:
         raise SteeringError(f"{path} has schema {content['schema']}, and this version of steer_nb reads up to {SCHEMA}: update steer_nb")
     _same_keys(path, "", content, {"schema", "base", "steerings"})
     _same_keys(path, "base.", content["base"], {"name", "model_type", "hidden_size", "layers", "fingerprint"})
+    for key, kind in (("name", str), ("model_type", str), ("hidden_size", int), ("layers", int), ("fingerprint", dict)):
+        if type(content["base"][key]) is not kind: raise SteeringError(f"{path}: base.{key} is {type(content['base'][key]).__name__}, not {kind.__name__}")
     names = {field.name for field in fields(SteeringConfig)} | {"strength"}
     if not isinstance(content["steerings"], dict) or not content["steerings"]: raise SteeringError(f"{path} describes no steering")
     later = {field: default for last, field, default in ((1, "init", "random"), (2, "heads", None)) if content["schema"] <= last}
     for name, described in content["steerings"].items():
+        if not re.fullmatch(_NAME, name): raise SteeringError(f"{path} has a steering whose name is not a word of letters, digits, '-' and '_': {name[:80]!r}")
         _same_keys(path, f"steerings.{name}.", described, names - set(later))
         described.update(later)
     return content
@@ -643,26 +688,37 @@ def _same_keys(path: Path, where: str, found, expected: set[str]) -> None:
     if unknown: raise SteeringError(f"{path} has an unknown field {where}{unknown[0]}{nearest(unknown[0], expected)}")
     if missing: raise SteeringError(f"{path} lacks the field {where}{missing[0]}")
 
-def _read_tensors(path: Path, expected: dict[str, torch.Size], others: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors with these names and shapes, which must all be there, in float32 or float64, and finite.
+# %% ../nbs/03_steering.ipynb #a8e3e6e4
+def _read_tensors(path: Path, expected: dict[str, torch.Tensor], others: Sequence[str] = (), error: type[ValueError] = SteeringError) -> dict[str, torch.Tensor]:
+    """The tensors that go into these, in their dtype, and finite: as many, with the same shapes, in float32, float64 or that dtype.
 
-    Tensors of the `others`, steerings in the same file, are left alone."""
+    Tensors of the `others`, steerings in the same file, are left alone. Raises `error`."""
+    header = min(1 + len(others), 16) * (1 << 20) + 1024 * len(expected)        # a tensor takes some 130 bytes of it
+    most = None if others else header + 8 * (1 + sum(tensor.numel() for tensor in expected.values()))
     try:
-        with safe_open(path, framework="pt") as file:
-            mine = [key for key in file.keys() if key.split(".")[0] not in others]
-            found = {key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in mine}
-            missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-            if missing: raise SteeringError(f"{path} lacks the tensor {missing[0]!r}" + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""))
-            if extra: raise SteeringError(f"{path} has a tensor that does not belong to the steering: {extra[0]!r}")
-            for key, (shape, dtype) in found.items():
-                if shape != tuple(expected[key]): raise SteeringError(f"{path}: {key!r} has shape {shape}, expected {tuple(expected[key])}")
-                if dtype not in ("F32", "F64"): raise SteeringError(f"{path}: {key!r} is {dtype}, expected F32 or F64")
-            tensors = {key: file.get_tensor(key) for key in found}
-    except FileNotFoundError as error: raise SteeringError(f"no steering here: {path} does not exist") from error
-    except (OSError, SafetensorError) as error: raise SteeringError(f"{path} is not a whole safetensors file: {error}") from error
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all(): raise SteeringError(f"{path}: {key!r} has values that are not finite")
-    return tensors
+        with open(_file(path, most), "rb") as file: length = int.from_bytes(file.read(8), "little")
+        if length > header: raise error(f"{path} has a header of {length:,} bytes, and at most {header:,} make sense here")
+        with safe_open(_file(path, most), framework="pt") as file:
+            _compare(path, file, expected, others, error)
+            found = {key: file.get_tensor(key).to(tensor.dtype) for key, tensor in expected.items()}
+    except FileNotFoundError as problem: raise error(f"nothing to read here: {path} does not exist") from problem
+    except error: raise
+    except (MemoryError, OSError, ValueError, SafetensorError) as problem: raise error(f"{path} is not a whole safetensors file: {problem}") from problem
+    for key, tensor in found.items():
+        if not tensor.isfinite().all(): raise error(f"{path}: {key!r} has values that are not finite")
+    return found
+
+def _compare(path: Path, file: safe_open, expected: dict[str, torch.Tensor], others: Sequence[str], error: type[ValueError]) -> None:
+    "Raise `error` unless the header of a file has these tensors, and besides them only tensors of the others."
+    names, allowed = set(file.keys()), {torch.float16: ["F16"], torch.bfloat16: ["BF16"]}
+    missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
+    if missing: raise error(f"{path} lacks the tensor {missing[0]!r}" + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""))
+    extra = [key for key in extra if key.split(".")[0] not in others or not re.fullmatch(rf"{_NAME}\.\d{{1,9}}\.\w{{1,64}}", key)]
+    if extra: raise error(f"{path} has a tensor that does not belong there: {extra[0][:200]!r}")
+    for key, tensor in expected.items():
+        shape, dtype = tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()
+        if shape != tuple(tensor.shape): raise error(f"{path}: {key!r} has shape {shape}, expected {tuple(tensor.shape)}")
+        if dtype not in (right := ["F32", "F64", *allowed.get(tensor.dtype, [])]): raise error(f"{path}: {key!r} is {dtype}, expected {' or '.join(right)}")
 
 # %% ../nbs/03_steering.ipynb #ccbbac54
 def _local(source: str | os.PathLike, revision: str | None) -> Path:
@@ -697,9 +753,9 @@ def load_steering(
     except TypeError as error: raise SteeringError(f"{folder / CONFIG_FILE}: steerings.{stored} has a value of the wrong type ({error})") from error
     name = _check_name(model, stored if name is None else name)
     if check_base: _check_base(folder, content["base"], model)
+    expected = {f"{stored}.{site.layer}.{part}": p for site, _, adapter in _build(model, config, outline=True) for part, p in adapter.named_parameters()}
+    tensors = _read_tensors(folder / TENSOR_FILE, expected, [other for other in names if other != stored])
     built = _build(model, config)
-    shapes = {f"{stored}.{site.layer}.{part}": p.shape for site, _, adapter in built for part, p in adapter.named_parameters()}
-    tensors = _read_tensors(folder / TENSOR_FILE, shapes, [other for other in names if other != stored])
     for site, _, adapter in built:
         adapter.load_state_dict({part: tensors[f"{stored}.{site.layer}.{part}"] for part, _ in adapter.named_parameters()})
     steering = _attach(model, name, config, built, freeze)

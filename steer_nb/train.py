@@ -38,7 +38,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -54,6 +54,7 @@ from .checkpoints import Checkpoint, Checkpoints, Stop, signals_noted
 from .sites import blocks, nearest
 from .steering import CONFIG_FILE, SteeringConfig, SteeringError, _read_config, _sample, _read_tensors, fingerprint, prompt_ends, save_steerings, steerings
 from .steering import TENSOR_FILE as STEERING_TENSORS
+from .steering import _check_strength, _read_json
 from .tasks import Encoded, Task, collate, encode, length_grouped_batches
 
 # %% ../nbs/22_train.ipynb #382395eb
@@ -372,26 +373,28 @@ def restore_method(method: Method, folder: str | os.PathLike) -> Method:
     Raises `TrainError` if a tensor is missing, has another shape or is not finite, and `SteeringError` for the steering's part."""
     folder, model = Path(folder), method.model
     if steerings(model): _restore_steerings(model, folder)
-    peft = _peft_model(model)
-    if peft is not None:
-        from peft import PeftConfig, set_peft_model_state_dict
-        mine, its = peft.active_peft_config.to_dict(), PeftConfig.from_pretrained(folder).to_dict()
-        for name in ("peft_type", "r", "lora_alpha", "use_dora"):
-            if mine.get(name) != its.get(name): raise TrainError(f"{folder}: adapter_config.json says {name} is {its.get(name)!r}, and method.json makes it {mine.get(name)!r}")
-        outcome = set_peft_model_state_dict(peft, _read_file(folder / "adapter_model.safetensors"))
-        steered = _steering_parameters(model)
-        own = {name for name, parameter in peft.named_parameters() if parameter.requires_grad and id(parameter) not in steered}
-        wrong = [name for name in outcome.missing_keys if name in own] + list(outcome.unexpected_keys)
-        if wrong: raise TrainError(f"{folder} does not fit the model: the tensor {wrong[0]!r} has no partner")
+    if _peft_model(model) is not None: _restore_peft(model, folder)
     rest = _rest(model)
-    stored = _read_file(folder / TENSOR_FILE) if rest else {}
-    for name, parameter in rest.items():                 # all is looked at before anything is written
-        if name not in stored: raise TrainError(f"{folder / TENSOR_FILE} lacks the tensor {name!r}")
-        if stored[name].shape != parameter.shape: raise TrainError(f"{folder / TENSOR_FILE}: {name!r} has shape {tuple(stored[name].shape)}, expected {tuple(parameter.shape)}")
-    extra = sorted(stored.keys() - rest.keys())
-    if extra: raise TrainError(f"{folder / TENSOR_FILE} has a tensor that the method does not train: {extra[0]!r}")
+    stored = _read_tensors(folder / TENSOR_FILE, rest, error=TrainError) if rest else {}         # all is looked at before anything is written
     for name, parameter in rest.items(): parameter.copy_(stored[name])
     return method
+
+def _restore_peft(model: nn.Module, folder: Path) -> None:
+    "Put the tensors that PEFT wrote into PEFT's layers on a model. PEFT itself reads none of the files: what it would make of them, it has made already."
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    path, mine = folder / "adapter_config.json", model.active_peft_config.to_dict()
+    try: its = _read_json(path, 1 << 22)                 # it lists all layers, in a large model thousands
+    except (OSError, ValueError) as error: raise TrainError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(its, dict): raise TrainError(f"{path} is not a configuration of PEFT")
+    for name in ("peft_type", "r", "lora_alpha", "use_dora"):
+        if mine.get(name) != its.get(name): raise TrainError(f"{folder}: adapter_config.json says {name} is {its.get(name)!r}, and method.json makes it {mine.get(name)!r}")
+    steered = _steering_parameters(model)
+    state = {name: tensor for name, tensor in (*model.named_buffers(), *model.named_parameters()) if id(tensor) not in steered}
+    expected = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    outcome = set_peft_model_state_dict(model, _read_tensors(folder / "adapter_model.safetensors", expected, error=TrainError))
+    own = {name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in steered}
+    wrong = [name for name in outcome.missing_keys if name in own] + list(outcome.unexpected_keys)
+    if wrong: raise TrainError(f"{folder} does not fit the model: the tensor {wrong[0]!r} has no partner")
 
 def _restore_steerings(model: nn.Module, folder: Path) -> None:
     "Put saved tensors into the steerings on a model, which must be the ones that were saved."
@@ -401,28 +404,20 @@ def _restore_steerings(model: nn.Module, folder: Path) -> None:
         if not described or SteeringConfig(**described) != steering.config:
             raise TrainError(f"{folder / CONFIG_FILE} does not hold the steering {name!r} with the configuration {steering.config}")
         parameters = {f"{name}.{site.layer}.{part}": p for site, adapter in steering.adapters.items() for part, p in adapter.named_parameters()}
-        shapes = {key: parameter.shape for key, parameter in parameters.items()}
-        tensors = _read_tensors(folder / STEERING_TENSORS, shapes, [other for other in stored if other != name])
+        strength = _check_strength(stored[name]["strength"])
+        tensors = _read_tensors(folder / STEERING_TENSORS, parameters, [other for other in stored if other != name])
         for key, parameter in parameters.items(): parameter.copy_(tensors[key])
-        steering.strength = stored[name]["strength"]
-
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    "The tensors of a file, all finite."
-    try: tensors = load_file(path)
-    except (OSError, SafetensorError) as error: raise TrainError(f"{path} is not a whole safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all(): raise TrainError(f"{path}: {name!r} has values that are not finite")
-    return tensors
+        steering.strength = strength
 
 def read_method(folder: str | os.PathLike) -> dict:
     "What `method.json` says: name, options and base. Raises `TrainError` if it says something else."
     path = Path(folder) / METHOD_FILE
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error: raise TrainError(f"no method here: {path} cannot be read as JSON ({error})") from error
+    try: content = _read_json(path)
+    except (OSError, ValueError) as error: raise TrainError(f"no method here: {path} cannot be read as JSON ({error})") from error
     whole = isinstance(content, dict) and set(content) == {"schema", "name", "options", "base"}
     if not whole or not (isinstance(content["name"], str) and isinstance(content["options"], dict) and isinstance(content["base"], dict)):
         raise TrainError(f"{path} is not a method of steer_nb")
-    if content["schema"] != METHOD_SCHEMA:
+    if type(content["schema"]) is not int or content["schema"] != METHOD_SCHEMA:
         raise TrainError(f"{path} has schema {content['schema']!r}, and this version of steer_nb reads {METHOD_SCHEMA}: update steer_nb")
     return content
 
@@ -573,7 +568,7 @@ def _write_run(run: Run, path: Path, overwrite: bool) -> Path:
 
 def _read_run(cls: type[Run], path: Path) -> Run:
     "Read a run from JSON, its outline checked."
-    try: content = json.loads(path.read_text(encoding="utf-8"))
+    try: content = _read_json(path, 1 << 26)             # 400,000 steps
     except (OSError, ValueError) as error: raise TrainError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("schema"), int) and content["schema"] > SCHEMA:
         raise TrainError(f"{path} has schema {content['schema']}, and this version of steer_nb reads up to {SCHEMA}: "
