@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'KINDS', 'CONTESTANTS', 'ROUNDS', 'SCHEMA', 'TARGETS', 'SMAL
            'clock', 'race', 'Bed', 'PlainBlock', 'plain_wrapper', 'Pyreft', 'Contestant', 'peak_memory', 'machine',
            'Bench', 'bench', 'exponent', 'costs', 'exponents']
 
-# %% ../nbs/37_bench.ipynb #c23a4b9e
+# %% ../nbs/37_bench.ipynb #aa909c0b
 import copy
 import gc
 import json
@@ -43,7 +43,7 @@ from .steering import SteeringConfig, steer
 from .tasks import Encoded, collate, encode, encode_choices, load_task
 from .train import Method, TrainConfig, completion_loss, context_length, fit
 
-# %% ../nbs/37_bench.ipynb #86743b4f
+# %% ../nbs/37_bench.ipynb #09cb3051
 class BenchError(ValueError):
     "A benchmark that cannot be run as asked, or a record that is something else."
 
@@ -71,7 +71,7 @@ def race(
         for name in rotated(list(prepare), repetition): seconds[name].append(clock(prepare[name]()))
     return seconds
 
-# %% ../nbs/37_bench.ipynb #2d7f9f13
+# %% ../nbs/37_bench.ipynb #43d58f8a
 class Bed:
     "A model and a stream of examples, the same for all contestants."
 
@@ -104,7 +104,7 @@ class Bed:
         layers = len(blocks(self.model))
         return list(range(layers - max(1, layers // 4), layers))
 
-# %% ../nbs/37_bench.ipynb #04e1c6b2
+# %% ../nbs/37_bench.ipynb #bb503737
 def _count(model: nn.Module, counts: dict[str, int]) -> nn.Module:
     "The model, which from now on adds to the counts the token slots that it reads and the rows of logits that it makes."
     counts |= {"tokens": 0, "logits": 0}
@@ -131,7 +131,7 @@ def _observed(bed: Bed, rows: list[list[list[int]]]) -> list[dict[str, torch.Ten
     batches = [collate(bed.tokenizer, [known(row) for row in batch]) for batch in rows]
     return [{name: tensor.to(bed.device) for name, tensor in batch.items()} for batch in batches]
 
-# %% ../nbs/37_bench.ipynb #5b81a1a3
+# %% ../nbs/37_bench.ipynb #9721c3fe
 def _ours(bed: Bed, name: str, layers: str | list[int] = "all") -> Callable:
     method = apply_method(_fresh(bed, name), "post_block", rank=bed.rank, layers=layers)
     def turn(): fit(method, bed.tokenizer, bed.task, bed.config)
@@ -147,7 +147,7 @@ def _train_once(bed: Bed) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()): module._forward_pre_hooks.clear()     # nothing counts in inference
     bed.trained, bed.grouped = model.eval().requires_grad_(False), _observed(bed, rows)
 
-# %% ../nbs/37_bench.ipynb #6101f546
+# %% ../nbs/37_bench.ipynb #f2bacb11
 def _trainer(bed: Bed, name: str, method: str, **options) -> Callable:
     method = apply_method(_fresh(bed, name), method, **options)
     def turn():
@@ -164,7 +164,7 @@ def _trainer(bed: Bed, name: str, method: str, **options) -> Callable:
     turn.method = method
     return turn
 
-# %% ../nbs/37_bench.ipynb #60459ff0
+# %% ../nbs/37_bench.ipynb #61f01cc1
 class PlainBlock(nn.Module):
     "A block whose output h becomes h + U D h."
 
@@ -191,7 +191,7 @@ def plain_wrapper(model: nn.Module, rank: int) -> nn.Module:
     for layer, block in enumerate(stack): stack[layer] = PlainBlock(block, hidden_size(model), rank).to(next(block.parameters()))
     return model
 
-# %% ../nbs/37_bench.ipynb #67ad3408
+# %% ../nbs/37_bench.ipynb #7c7a3a55
 def _plain(bed: Bed, name: str) -> Callable:
     model = plain_wrapper(_fresh(bed, name), bed.rank).train()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=bed.config.lr, weight_decay=0.0)
@@ -204,7 +204,7 @@ def _plain(bed: Bed, name: str) -> Callable:
             optimizer.zero_grad()
     return turn
 
-# %% ../nbs/37_bench.ipynb #d0c6e3e9
+# %% ../nbs/37_bench.ipynb #39bf32f0
 def _forward(bed: Bed, name: str) -> Callable:
     model = _fresh(bed, name).train()
     @torch.no_grad()
@@ -225,7 +225,7 @@ def _floor(bed: Bed, name: str, layer: int = 0) -> Callable:
                 vector.grad = None
     return turn
 
-# %% ../nbs/37_bench.ipynb #1b364eb0
+# %% ../nbs/37_bench.ipynb #8dccdb54
 _PYREFT = """
 import json, sys, time
 from pathlib import Path
@@ -268,7 +268,7 @@ for line in sys.stdin:
     else: answer(seconds=turn(batches))
 """
 
-# %% ../nbs/37_bench.ipynb #4f9414d7
+# %% ../nbs/37_bench.ipynb #4f07bacb
 def _older_config(model: nn.Module) -> dict:
     "The model's configuration in words that transformers 4.45 understands."
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -310,7 +310,7 @@ class Pyreft:
         self.process.wait()
         self.process.stdin.close(), self.process.stdout.close()
 
-# %% ../nbs/37_bench.ipynb #33d1c403
+# %% ../nbs/37_bench.ipynb #9d6c97f1
 def _bare(bed: Bed) -> nn.Module: return bed.model.eval()
 def _steered(bed: Bed) -> nn.Module: return bed.trained
 
@@ -333,7 +333,7 @@ def _decode(bed: Bed, name: str, which: Callable[[Bed], nn.Module]) -> Callable:
     cache.crop(-STEPS)
     return turn
 
-# %% ../nbs/37_bench.ipynb #6fad1df7
+# %% ../nbs/37_bench.ipynb #823d5722
 def _evaluate(bed: Bed, name: str) -> Callable:
     def turn(): evaluate(bed.trained, bed.tokenizer, bed.task)
     return turn
@@ -368,7 +368,7 @@ def _check_predictions(bed: Bed) -> dict[str, int]:
     return {"examples": len(ours), "identical": sum(own == one.index(max(one)) for own, one in zip(ours, scores)),
             "generated_same": sum(own == one for own, one in zip(ours, said)), "generated_none": said.count(None)}
 
-# %% ../nbs/37_bench.ipynb #a8d7d3e0
+# %% ../nbs/37_bench.ipynb #0193a527
 @dataclass(frozen=True)
 class Contestant:
     "Something to be timed."
@@ -402,7 +402,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "generate": Contestant("ten tokens generated, one prompt at a time", "evaluation", _generate),
 }
 
-ROUNDS = {"training": 1, "forward": 5, "decode": 10, "evaluation": 1}          # turns in a repetition: short ones are taken more often
+ROUNDS = {"training": 1, "forward": 4, "decode": 6, "evaluation": 1}          # turns in a repetition: short ones are taken more often
 
 def _chosen(only: Sequence[str] | None) -> list[str]:
     "Names of contestants, in the order of the table; `BenchError` for one that does not exist."
@@ -410,7 +410,7 @@ def _chosen(only: Sequence[str] | None) -> list[str]:
         if name not in CONTESTANTS: raise BenchError(f"no contestant {name!r}: there are {', '.join(CONTESTANTS)}{nearest(name, CONTESTANTS)}")
     return [name for name in CONTESTANTS if only is None or name in only]
 
-# %% ../nbs/37_bench.ipynb #087cd63f
+# %% ../nbs/37_bench.ipynb #6c4ead6c
 def _resident(field: str) -> float | None:
     "`VmRSS` (now) or `VmHWM` (the peak) of this process in MiB; None where the system does not say."
     try: lines = Path("/proc/self/status").read_text().splitlines()
@@ -450,7 +450,7 @@ def peak_memory(name: str, threads: int, **bed) -> float:
     if done.returncode or not found: raise BenchError(f"{name}: its memory was not measured: {(done.stderr.strip() or 'no answer').splitlines()[-1]}")
     return json.loads(found[-1].removeprefix("answer "))
 
-# %% ../nbs/37_bench.ipynb #1b1f6b4e
+# %% ../nbs/37_bench.ipynb #df2652cf
 SCHEMA = 1
 
 def machine() -> dict:
@@ -503,11 +503,13 @@ class Bench:
             raise BenchError(f"{path} is not a benchmark of steer_nb with schema {SCHEMA}")
         return cls(**content)
 
-    def __repr__(self) -> str: return f"{_headline(self)}\n{self.frame.to_string(index=False, na_rep='')}\n\n{self.targets.to_string(index=False, na_rep='')}\n" + "\n".join(self.notes)
+    def __repr__(self) -> str:
+        tables = [table.to_string(index=False, na_rep="", float_format="{:,.4g}".format) for table in (self.frame, self.targets)]
+        return "\n\n".join([_headline(self), *tables, *self.notes])
 
     def _repr_markdown_(self) -> str: return "\n\n".join([_headline(self), _markdown(self.frame), _markdown(self.targets), *self.notes])
 
-# %% ../nbs/37_bench.ipynb #4621c4ae
+# %% ../nbs/37_bench.ipynb #7a96388b
 def _frame(bench: Bench) -> pd.DataFrame:
     lora = _rate(bench, "trainer_lora")
     rows = []
@@ -539,7 +541,7 @@ def _markdown(frame: pd.DataFrame) -> str:
     lines = [list(frame.columns), ["---"] * len(frame.columns), *([shown(value) for value in row] for row in frame.itertuples(index=False))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-# %% ../nbs/37_bench.ipynb #d45c14d3
+# %% ../nbs/37_bench.ipynb #7a7f5586
 def _faster(name: str, other: str) -> Callable[[Bench], float | None]:
     "How many times as many units per second one contestant does as another."
     def ratio(bench):
@@ -570,7 +572,7 @@ def _targets(bench: Bench) -> pd.DataFrame:
         rows.append({"target": what, "bound": f"{sign} {bound:g}", "measured": value, "met": met})
     return pd.DataFrame(rows).astype({"measured": float, "met": object})
 
-# %% ../nbs/37_bench.ipynb #237dd460
+# %% ../nbs/37_bench.ipynb #2004a828
 def _race(bed: Bed, names: list[str], repetitions: int, say: Callable[[str], None]) -> dict[str, list[float]]:
     "The seconds of all turns, kind by kind. A contestant's first turn, on one batch, is not among them."
     seconds, short = {}, bed.part(range(min(len(bed.encoded), bed.config.batch_size)))
@@ -616,12 +618,12 @@ def _about_pyreft(bed: Bed) -> str:
     if abs(about["loss"] - here) > 1e-3 * abs(here): raise BenchError(f"pyreft has another model: its loss on the first batch is {about['loss']:.5f}, here it is {here:.5f}")
     return f"pyreft_loreft: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}, {about['trained']:,} parameters, in a process of its own, timed by itself."
 
-# %% ../nbs/37_bench.ipynb #06a3ecf5
+# %% ../nbs/37_bench.ipynb #a1391816
 def bench(
     model: str = "smollm2-135m",           # a short name, a Hub id, or a folder
     task: str | dict = "sst2",             # its name, or arguments of `load_task`
-    n: int = 64,                           # training examples in a turn
-    n_test: int = 32,                      # test examples in a turn of evaluation
+    n: int = 48,                           # training examples in a turn
+    n_test: int = 24,                      # test examples in a turn of evaluation
     batch_size: int = 16,
     rank: int = 8,
     repetitions: int = 5,
@@ -663,7 +665,7 @@ def _units(bed: Bed, names: list[str]) -> dict[str, int]:
     size = {"training": len(bed.encoded), "forward": 1, "decode": STEPS, "evaluation": len(bed.task.test)}
     return {name: size[CONTESTANTS[name].kind] for name in names}
 
-# %% ../nbs/37_bench.ipynb #dc6ebca3
+# %% ../nbs/37_bench.ipynb #80ac783d
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512}
 AXES = {"layers": (2, 4, 8, 16), "rank": (2, 8, 32, 128), "length": (32, 64, 128, 256), "batch": (2, 4, 8, 16)}
 USUAL = {"layers": 4, "rank": 8, "length": 64, "batch": 8}

@@ -267,8 +267,8 @@ def _some(words: str | None, known, what: str) -> list[str]:
 def bench(
     model: ModelName = "smollm2-135m",
     task: TaskName = "sst2",
-    n: Annotated[int, typer.Option(min=1, help="Training examples in a turn.")] = 64,
-    n_test: Annotated[int, typer.Option(min=1, help="Test examples in a turn of evaluation.")] = 32,
+    n: Annotated[int, typer.Option(min=1, help="Training examples in a turn.")] = 48,
+    n_test: Annotated[int, typer.Option(min=1, help="Test examples in a turn of evaluation.")] = 24,
     batch_size: BatchSize = 16,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 8,
     repetitions: Annotated[int, typer.Option(min=1, help="Turns of each contestant; the median counts.")] = 5,
