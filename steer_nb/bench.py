@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'KINDS', 'CONTESTANTS', 'ROUNDS', 'SCHEMA', 'TARGETS', 'SMAL
            'clock', 'race', 'Bed', 'PlainBlock', 'plain_wrapper', 'Pyreft', 'Contestant', 'peak_memory', 'machine',
            'Bench', 'bench', 'exponent', 'costs', 'exponents']
 
-# %% ../nbs/37_bench.ipynb #aa909c0b
+# %% ../nbs/37_bench.ipynb #f1bc9a7b
 import copy
 import gc
 import json
@@ -43,7 +43,7 @@ from .steering import SteeringConfig, steer
 from .tasks import Encoded, collate, encode, encode_choices, load_task
 from .train import Method, TrainConfig, completion_loss, context_length, fit
 
-# %% ../nbs/37_bench.ipynb #09cb3051
+# %% ../nbs/37_bench.ipynb #2fa297be
 class BenchError(ValueError):
     "A benchmark that cannot be run as asked, or a record that is something else."
 
@@ -71,7 +71,7 @@ def race(
         for name in rotated(list(prepare), repetition): seconds[name].append(clock(prepare[name]()))
     return seconds
 
-# %% ../nbs/37_bench.ipynb #43d58f8a
+# %% ../nbs/37_bench.ipynb #dbaec7f2
 class Bed:
     "A model and a stream of examples, the same for all contestants."
 
@@ -104,7 +104,7 @@ class Bed:
         layers = len(blocks(self.model))
         return list(range(layers - max(1, layers // 4), layers))
 
-# %% ../nbs/37_bench.ipynb #bb503737
+# %% ../nbs/37_bench.ipynb #34b42bf2
 def _count(model: nn.Module, counts: dict[str, int]) -> nn.Module:
     "The model, which from now on adds to the counts the token slots that it reads and the rows of logits that it makes."
     counts |= {"tokens": 0, "logits": 0}
@@ -131,7 +131,7 @@ def _observed(bed: Bed, rows: list[list[list[int]]]) -> list[dict[str, torch.Ten
     batches = [collate(bed.tokenizer, [known(row) for row in batch]) for batch in rows]
     return [{name: tensor.to(bed.device) for name, tensor in batch.items()} for batch in batches]
 
-# %% ../nbs/37_bench.ipynb #9721c3fe
+# %% ../nbs/37_bench.ipynb #5dcc31ff
 def _ours(bed: Bed, name: str, layers: str | list[int] = "all") -> Callable:
     method = apply_method(_fresh(bed, name), "post_block", rank=bed.rank, layers=layers)
     def turn(): fit(method, bed.tokenizer, bed.task, bed.config)
@@ -147,7 +147,7 @@ def _train_once(bed: Bed) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()): module._forward_pre_hooks.clear()     # nothing counts in inference
     bed.trained, bed.grouped = model.eval().requires_grad_(False), _observed(bed, rows)
 
-# %% ../nbs/37_bench.ipynb #f2bacb11
+# %% ../nbs/37_bench.ipynb #6f657257
 def _trainer(bed: Bed, name: str, method: str, **options) -> Callable:
     method = apply_method(_fresh(bed, name), method, **options)
     def turn():
@@ -164,7 +164,7 @@ def _trainer(bed: Bed, name: str, method: str, **options) -> Callable:
     turn.method = method
     return turn
 
-# %% ../nbs/37_bench.ipynb #61f01cc1
+# %% ../nbs/37_bench.ipynb #49593939
 class PlainBlock(nn.Module):
     "A block whose output h becomes h + U D h."
 
@@ -191,7 +191,7 @@ def plain_wrapper(model: nn.Module, rank: int) -> nn.Module:
     for layer, block in enumerate(stack): stack[layer] = PlainBlock(block, hidden_size(model), rank).to(next(block.parameters()))
     return model
 
-# %% ../nbs/37_bench.ipynb #7c7a3a55
+# %% ../nbs/37_bench.ipynb #6623ad03
 def _plain(bed: Bed, name: str) -> Callable:
     model = plain_wrapper(_fresh(bed, name), bed.rank).train()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=bed.config.lr, weight_decay=0.0)
@@ -204,7 +204,7 @@ def _plain(bed: Bed, name: str) -> Callable:
             optimizer.zero_grad()
     return turn
 
-# %% ../nbs/37_bench.ipynb #39bf32f0
+# %% ../nbs/37_bench.ipynb #4b4a483f
 def _forward(bed: Bed, name: str) -> Callable:
     model = _fresh(bed, name).train()
     @torch.no_grad()
@@ -225,7 +225,7 @@ def _floor(bed: Bed, name: str, layer: int = 0) -> Callable:
                 vector.grad = None
     return turn
 
-# %% ../nbs/37_bench.ipynb #8dccdb54
+# %% ../nbs/37_bench.ipynb #cf745586
 _PYREFT = """
 import json, sys, time
 from pathlib import Path
@@ -268,13 +268,14 @@ for line in sys.stdin:
     else: answer(seconds=turn(batches))
 """
 
-# %% ../nbs/37_bench.ipynb #4f07bacb
+# %% ../nbs/37_bench.ipynb #9fb8fcf0
 def _older_config(model: nn.Module) -> dict:
     "The model's configuration in words that transformers 4.45 understands."
     config = json.loads(model.config.to_json_string(use_diff=False))
     ropes = config.pop("rope_parameters", None) or {}
     return {**config, "rope_theta": ropes.get("rope_theta", 10000.0), "rope_scaling": None, "torch_dtype": "float32", "transformers_version": "4.45.1"}
 
+# %% ../nbs/37_bench.ipynb #d952f7f1
 class Pyreft:
     "A process with pyreft in it. `BenchError` if it cannot start, or breaks; the message ends with its last words."
 
@@ -310,7 +311,7 @@ class Pyreft:
         self.process.wait()
         self.process.stdin.close(), self.process.stdout.close()
 
-# %% ../nbs/37_bench.ipynb #9d6c97f1
+# %% ../nbs/37_bench.ipynb #a8d12278
 def _bare(bed: Bed) -> nn.Module: return bed.model.eval()
 def _steered(bed: Bed) -> nn.Module: return bed.trained
 
@@ -333,7 +334,7 @@ def _decode(bed: Bed, name: str, which: Callable[[Bed], nn.Module]) -> Callable:
     cache.crop(-STEPS)
     return turn
 
-# %% ../nbs/37_bench.ipynb #823d5722
+# %% ../nbs/37_bench.ipynb #aef363d9
 def _evaluate(bed: Bed, name: str) -> Callable:
     def turn(): evaluate(bed.trained, bed.tokenizer, bed.task)
     return turn
@@ -359,6 +360,7 @@ def _alone(bed: Bed, one: Encoded) -> float:
     scores = bed.trained(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     return float(sum(scores[place - 1, one.input_ids[place]] for place in range(one.prompt_length, len(one.input_ids))))
 
+# %% ../nbs/37_bench.ipynb #43d84a2e
 def _check_predictions(bed: Bed) -> dict[str, int]:
     "On how many test examples `evaluate` predicts what scoring the choices one by one does, and what ten generated tokens say."
     ours = [record["prediction"] for record in evaluate(bed.trained, bed.tokenizer, bed.task).predictions]
@@ -368,7 +370,7 @@ def _check_predictions(bed: Bed) -> dict[str, int]:
     return {"examples": len(ours), "identical": sum(own == one.index(max(one)) for own, one in zip(ours, scores)),
             "generated_same": sum(own == one for own, one in zip(ours, said)), "generated_none": said.count(None)}
 
-# %% ../nbs/37_bench.ipynb #0193a527
+# %% ../nbs/37_bench.ipynb #9bf61af2
 @dataclass(frozen=True)
 class Contestant:
     "Something to be timed."
@@ -384,6 +386,7 @@ def _pyreft(bed: Bed, name: str) -> Callable:
     def turn(): return bed.pyreft.ask("turn")["seconds"] if bed.pyreft else 0.0
     return turn
 
+# %% ../nbs/37_bench.ipynb #9efd6c7b
 CONTESTANTS: dict[str, Contestant] = {
     "ours": Contestant("fit, post-block rank r", "training", _ours, True, True),
     "ours_quarter": Contestant("fit, the last quarter of the layers", "training", lambda bed, name: _ours(bed, name, bed.quarter()), True, True),
@@ -410,13 +413,14 @@ def _chosen(only: Sequence[str] | None) -> list[str]:
         if name not in CONTESTANTS: raise BenchError(f"no contestant {name!r}: there are {', '.join(CONTESTANTS)}{nearest(name, CONTESTANTS)}")
     return [name for name in CONTESTANTS if only is None or name in only]
 
-# %% ../nbs/37_bench.ipynb #6c4ead6c
+# %% ../nbs/37_bench.ipynb #e804f169
 def _resident(field: str) -> float | None:
     "`VmRSS` (now) or `VmHWM` (the peak) of this process in MiB; None where the system does not say."
     try: lines = Path("/proc/self/status").read_text().splitlines()
     except OSError: return None
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
+# %% ../nbs/37_bench.ipynb #5fd4bcbe
 def _memory_here(job: str) -> None:
     "In a process of its own: train one batch, and print the peak above the loaded model in MiB."
     given = json.loads(job)
@@ -441,6 +445,7 @@ def _memory_here(job: str) -> None:
         peak = _resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print("answer " + json.dumps((peak - before) / (2 ** 20 if bed.device.type == "cuda" else 1)))
 
+# %% ../nbs/37_bench.ipynb #58b90e8c
 def peak_memory(name: str, threads: int, **bed) -> float:
     "MiB that a contestant's training takes above the loaded model, at most, measured in a new process; `BenchError` if that fails."
     job = json.dumps({"name": _chosen([name])[0], "threads": threads, "bed": bed})
@@ -450,7 +455,7 @@ def peak_memory(name: str, threads: int, **bed) -> float:
     if done.returncode or not found: raise BenchError(f"{name}: its memory was not measured: {(done.stderr.strip() or 'no answer').splitlines()[-1]}")
     return json.loads(found[-1].removeprefix("answer "))
 
-# %% ../nbs/37_bench.ipynb #df2652cf
+# %% ../nbs/37_bench.ipynb #e1db250f
 SCHEMA = 1
 
 def machine() -> dict:
@@ -462,6 +467,7 @@ def machine() -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.system(), "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__, "steer_nb": __version__}
 
+# %% ../nbs/37_bench.ipynb #a98a9e1f
 @dataclass(frozen=True, repr=False)
 class Bench:
     "What a benchmark measured."
@@ -509,7 +515,7 @@ class Bench:
 
     def _repr_markdown_(self) -> str: return "\n\n".join([_headline(self), _markdown(self.frame), _markdown(self.targets), *self.notes])
 
-# %% ../nbs/37_bench.ipynb #7a96388b
+# %% ../nbs/37_bench.ipynb #6ed6780b
 def _frame(bench: Bench) -> pd.DataFrame:
     lora = _rate(bench, "trainer_lora")
     rows = []
@@ -531,6 +537,7 @@ def _headline(bench: Bench) -> str:
     return (f"{chosen['model']} on {task}: {chosen['n']} examples in batches of {chosen['batch_size']}, rank {chosen['rank']}, medians of {chosen['repetitions']} repetitions. "
             f"{of['gpu'] or of['processor']}, {of['threads']} threads, {of['instructions']}, torch {of['torch']}, transformers {of['transformers']}, peft {of['peft']}.")
 
+# %% ../nbs/37_bench.ipynb #41d7b1f9
 def _markdown(frame: pd.DataFrame) -> str:
     "A table of Markdown: numbers with three or four digits, nothing for what is missing."
     def shown(value):
@@ -541,7 +548,7 @@ def _markdown(frame: pd.DataFrame) -> str:
     lines = [list(frame.columns), ["---"] * len(frame.columns), *([shown(value) for value in row] for row in frame.itertuples(index=False))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-# %% ../nbs/37_bench.ipynb #7a7f5586
+# %% ../nbs/37_bench.ipynb #b5eedb91
 def _faster(name: str, other: str) -> Callable[[Bench], float | None]:
     "How many times as many units per second one contestant does as another."
     def ratio(bench):
@@ -564,6 +571,7 @@ TARGETS: list[tuple[str, Callable[[Bench], float | None], str, float]] = [     #
     ("bytes saved / bytes of the adapter", lambda bench: _share(bench.saved.get("ours"), bench.adapter.get("bytes")), "≤", 1.05),
 ]
 
+# %% ../nbs/37_bench.ipynb #cd7dbce9
 def _targets(bench: Bench) -> pd.DataFrame:
     rows = []
     for what, compute, sign, bound in TARGETS:
@@ -572,7 +580,7 @@ def _targets(bench: Bench) -> pd.DataFrame:
         rows.append({"target": what, "bound": f"{sign} {bound:g}", "measured": value, "met": met})
     return pd.DataFrame(rows).astype({"measured": float, "met": object})
 
-# %% ../nbs/37_bench.ipynb #2004a828
+# %% ../nbs/37_bench.ipynb #92291e2a
 def _race(bed: Bed, names: list[str], repetitions: int, say: Callable[[str], None]) -> dict[str, list[float]]:
     "The seconds of all turns, kind by kind. A contestant's first turn, on one batch, is not among them."
     seconds, short = {}, bed.part(range(min(len(bed.encoded), bed.config.batch_size)))
@@ -597,6 +605,7 @@ def _sizes(bed: Bed, names: list[str]) -> dict[str, int]:
             found[name] = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     return found
 
+# %% ../nbs/37_bench.ipynb #af4574bc
 @contextmanager
 def _with_pyreft(bed: Bed, names: list[str], python: str | None, threads: int, notes: list[str]) -> Iterator[list[str]]:
     "The names; without pyreft's where it is not to be had, and a note that says why. Its process lives while this is open."
@@ -618,7 +627,7 @@ def _about_pyreft(bed: Bed) -> str:
     if abs(about["loss"] - here) > 1e-3 * abs(here): raise BenchError(f"pyreft has another model: its loss on the first batch is {about['loss']:.5f}, here it is {here:.5f}")
     return f"pyreft_loreft: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}, {about['trained']:,} parameters, in a process of its own, timed by itself."
 
-# %% ../nbs/37_bench.ipynb #a1391816
+# %% ../nbs/37_bench.ipynb #02f48e5c
 def bench(
     model: str = "smollm2-135m",           # a short name, a Hub id, or a folder
     task: str | dict = "sst2",             # its name, or arguments of `load_task`
@@ -655,6 +664,7 @@ def bench(
                      saved=_sizes(bed, names), predictions=predictions, notes=notes)
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/37_bench.ipynb #fd8e138a
 def _adapter(bed: Bed) -> dict[str, int]:
     "Parameters and bytes of ours, and the model's bytes."
     method = _ours(bed, "size").method
@@ -665,7 +675,7 @@ def _units(bed: Bed, names: list[str]) -> dict[str, int]:
     size = {"training": len(bed.encoded), "forward": 1, "decode": STEPS, "evaluation": len(bed.task.test)}
     return {name: size[CONTESTANTS[name].kind] for name in names}
 
-# %% ../nbs/37_bench.ipynb #80ac783d
+# %% ../nbs/37_bench.ipynb #a283c159
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512}
 AXES = {"layers": (2, 4, 8, 16), "rank": (2, 8, 32, 128), "length": (32, 64, 128, 256), "batch": (2, 4, 8, 16)}
 USUAL = {"layers": 4, "rank": 8, "length": 64, "batch": 8}
@@ -688,6 +698,7 @@ def _step(config, size: dict[str, int], steered: bool, device: str) -> Callable:
         for parameter in (vector, *model.parameters()): parameter.grad = None
     return turn
 
+# %% ../nbs/37_bench.ipynb #753c953e
 def costs(
     config=None,                                        # of a model of transformers; None: a small Llama
     axes: Mapping[str, Sequence[int]] = AXES,           # what to vary, and over which values

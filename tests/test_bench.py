@@ -36,7 +36,10 @@ def bed(): return a_bed()
 
 
 @pytest.fixture(scope="module")
-def measured(): return bench(**SETTINGS, repetitions=2, memory=False)
+def measured():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("STEER_NB_PYREFT_PYTHON", raising=False)
+        return bench(**SETTINGS, repetitions=2, memory=False)
 
 
 # Taking turns
@@ -236,7 +239,7 @@ for number, line in enumerate(sys.stdin):
 
 
 def test_pyreft_times_itself_in_its_own_process(bed, tmp_path):
-    loss = float(bed.model(**module._arrival(bed)[0]).loss)
+    loss = float(bed.model(**module._arrival(bed)[0]).loss.detach())
     options = {**SETTINGS, "only": ["pyreft_loreft", "trainer_lora"], "repetitions": 2, "memory": False}
     found = bench(**options, pyreft_python=a_python(tmp_path, STAND_IN.replace("LOSS", str(loss))))
     assert found.seconds["pyreft_loreft"] == [102.0, 103.0]                     # the first turns were memory and warm-up
