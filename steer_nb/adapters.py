@@ -29,7 +29,7 @@ class Adapter(nn.Module):
 
 def _times(h: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     "Each activation times the (transposed) matrix, or times its own head's matrix if there are several: (…, heads, out)."
-    matrix = matrix.to(h.dtype)
+    if matrix.dtype != h.dtype: matrix = matrix.to(h.dtype)
     return F.linear(h, matrix) if matrix.ndim == 2 else torch.einsum("...hi,hoi->...ho", h, matrix)
 
 # %% ../nbs/02_adapters.ipynb #4b8c926d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'plot_curve', 'plot_accuracy', 'plot_norms', 'plot_shift', 'plot_order', 'plot_scores', 'plot_table',
-           'plot_sizes']
+           'plot_sizes', 'plot_bench', 'plot_costs']
 
 # %% ../nbs/40_plots.ipynb #bb1a506a
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
+from .bench import CONTESTANTS, Bench, exponents
 from .equivalence import OrderOfError, SiteScores, draw_order, draw_scores
 from .evaluate import Result
 from .experiments import Table
@@ -171,3 +172,38 @@ def _apart(values: pd.Series, gap: float) -> list[float]:
     found = np.empty(len(heights))
     found[order] = heights
     return found.tolist()
+
+# %% ../nbs/40_plots.ipynb #d2e57026
+def plot_bench(
+    bench: Bench,              # as `bench.bench` returns it
+    ax: Axes | None = None,
+) -> Axes:
+    "Training examples per second, end to end: the median turn as a bar, all turns as a line from lowest to highest."
+    frame = bench.frame[[CONTESTANTS[name].kind == "training" for name in bench.frame.contestant]].sort_values("per second", ascending=False)
+    if frame.empty: raise ValueError("the benchmark has no contestant that trains")
+    ax = _axes(ax, 7, 1 + 0.32 * len(frame))
+    for row, one in enumerate(frame.itertuples()):
+        units = bench.units[one.contestant]
+        colour = "C0" if one.contestant.startswith("ours") else "lightgray" if one.contestant.startswith("floor") else "C1"
+        ax.barh(row, units / one.seconds, color=colour)
+        ax.plot([units / one.highest, units / one.lowest], [row, row], color="black", lw=1)
+        ax.annotate(f"{units / one.seconds:.2f}", (units / one.lowest, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set(yticks=range(len(frame)), yticklabels=list(frame.what), ylim=(len(frame) - 0.4, -0.6), xlabel="training examples per second")
+    ax.margins(x=0.12)
+    return ax
+
+# %% ../nbs/40_plots.ipynb #c6dac698
+def plot_costs(
+    rows: list[dict],          # as `bench.costs` returns them
+    axes: np.ndarray | None = None,    # as many as the rows have axes; None: a new figure
+) -> np.ndarray:
+    "Seconds of a step against each axis in log-log, steered and floor, with the fitted exponents."
+    frame, fitted = pd.DataFrame(rows), exponents(rows).set_index("axis")
+    if axes is None: axes = plt.subplots(1, len(fitted), figsize=(3 * len(fitted), 2.8), layout="constrained", squeeze=False)[1][0]
+    for ax, (axis, own) in zip(axes, frame.groupby("axis", sort=False)):
+        for name, style in (("floor", "s--"), ("steered", "o-")):
+            ax.plot(own.value, own[name], style, color="gray" if name == "floor" else "C0", ms=4, label=f"{name}: exponent {fitted.loc[axis, name]:.2f}")
+        ax.set_xscale("log", base=2)
+        ax.set(yscale="log", xticks=own.value, xticklabels=[str(value) for value in own.value], xlabel=axis, ylabel="seconds a step" if ax is axes[0] else None)
+        ax.legend(fontsize=7)
+    return axes

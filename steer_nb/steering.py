@@ -235,6 +235,7 @@ class _Steer(nn.Module):
         self.adapter, self.site, self.positions, self.batch = adapter, site, positions, batch
         self.place, self.scale = replace(place, module=None, scale=1.0), place.scale
         self.strength, self.enabled = 1.0, True
+        self.whole = heads is None and positions == "all" and self.scale == 1      # the usual case, which a decode step meets in every block
         device = next(adapter.parameters()).device
         self.register_buffer("heads", None if heads is None else torch.tensor(heads, device=device), persistent=False)    # moves with the model
 
@@ -242,6 +243,7 @@ class _Steer(nn.Module):
         "What the module was given or gave, with the activation in it shifted."
         if not self.enabled or self.strength == 0: return value
         h = read(self.place, value)
+        if self.whole: return write(self.place, value, torch.add(h, self.adapter(h).to(h.dtype), alpha=self.strength))
         chosen = h if self.heads is None else h.index_select(-2, self.heads)
         shift = self.adapter(chosen if self.scale == 1 else chosen * self.scale)       # in the units of the stream, and back again
         shifted = torch.add(chosen, shift.to(h.dtype), alpha=self.strength / self.scale)
@@ -259,7 +261,7 @@ class _Steered(nn.ModuleDict):
 
 def _steer_output(module, args, output):
     for steer_ in module.steering.values():
-        if steer_.place.side == "output": output = steer_(output)
+        if steer_.place.side == "output": output = steer_.forward(output)      # past `__call__`: no one hooks a `_Steer`
     return output
 
 def _steer_input(module, args):
