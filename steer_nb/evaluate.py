@@ -21,14 +21,13 @@ import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from torch import distributed, nn
-from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .steering import _read_json, prompt_ends
 from .tasks import Encoded, Example, Task, encode_choices, encode_prompt, pad_batch
-from .train import Method, accepts, as_method, context_length, logits_at
+from .train import Method, accepts, as_method, context_length, is_sharded, logits_at
 
 # %% ../nbs/23_evaluate.ipynb #b4b8e818
 class EvaluateError(ValueError):
@@ -362,7 +361,7 @@ def _generate(model: nn.Module, tokenizer, prompts: Sequence[list[int]], names: 
     "What the model writes after each prompt, up to an end token."
     inputs = {name: tensor.to(model.device) for name, tensor in pad_batch(tokenizer, prompts, "left").items()}
     output = model.generate(**inputs, generation_config=greedy, logits_processor=LogitsProcessorList([_RefuseNaN(names)]),
-                            synced_gpus=isinstance(model, FSDPModule))
+                            synced_gpus=is_sharded(model))
     ends, texts = set(greedy.eos_token_id or ()), []
     for tokens in output[:, inputs["input_ids"].shape[1]:].tolist():
         stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))

@@ -576,7 +576,8 @@ def fingerprint(model: nn.Module) -> dict[str, list[float] | None]:
     return {name: _sample(tensor) for name, tensor in tensors.items()}
 
 def _base(model: nn.Module) -> dict:
-    "What identifies the base model: its name, its shape, and a fingerprint of its weights."
+    "What identifies the base model: its name, its shape, and a fingerprint of its weights. Where those are spread over processes, what was noted before."
+    if "_steer_nb_base" in vars(model): return model._steer_nb_base
     config, name = model.config.get_text_config(decoder=True), str(getattr(model.config, "_name_or_path", "") or "")
     return {"name": Path(name).name if os.path.isabs(name) else name, "model_type": config.model_type,
             "hidden_size": hidden_size(model), "layers": len(blocks(model)), "fingerprint": fingerprint(model)}

@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'PRECISIONS', 'LOGITS', 'METHOD_FILE', 'TENSOR_FILE', 'METHOD_SCHEMA', 'SCHEMA', 'SKIPS', 'RUN_FILE',
            'STEERING_FOLDER', 'METHOD_FOLDER', 'CHECKPOINT_FOLDER', 'MAMBAS', 'TrainError', 'TrainConfig',
            'learning_rates', 'accepts', 'logits_at', 'completion_loss', 'context_length', 'Group', 'Method',
-           'as_method', 'save_method', 'restore_method', 'read_method', 'Run', 'draw_curve', 'fit', 'linear_layers',
-           'lora_model', 'tuned_copy']
+           'as_method', 'save_method', 'restore_method', 'read_method', 'Run', 'draw_curve', 'is_sharded', 'fit',
+           'linear_layers', 'lora_model', 'tuned_copy']
 
 # %% ../nbs/22_train.ipynb #414f859c
 import inspect
@@ -52,7 +52,7 @@ from . import __version__
 from .assets import _keep, _workshop, cache_folder, load_model
 from .checkpoints import Checkpoint, Checkpoints, Stop, signals_noted
 from .sites import blocks, nearest
-from .steering import CONFIG_FILE, SteeringConfig, SteeringError, _read_config, _sample, _read_tensors, fingerprint, prompt_ends, save_steerings, steerings
+from .steering import CONFIG_FILE, SteeringConfig, SteeringError, _base, _read_config, _sample, _read_tensors, fingerprint, prompt_ends, save_steerings, steerings
 from .steering import TENSOR_FILE as STEERING_TENSORS
 from .steering import _check_strength, _read_json
 from .tasks import Encoded, Task, collate, encode, length_grouped_batches
@@ -116,11 +116,14 @@ def learning_rates(
     return [config.lr * schedule.lr_lambdas[0](step + skipped) for step in range(steps)]
 
 # %% ../nbs/22_train.ipynb #3375b340
-def accepts(model: nn.Module, argument: str) -> bool:
-    "Whether the model's forward names this argument: that of the model inside, under PEFT and in distributed training."
+def _inner(model: nn.Module) -> nn.Module:
+    "The model of transformers inside PEFT's wrapper and that of distributed training."
     inner = extract_model_from_parallel(model)
-    if hasattr(inner, "get_base_model"): inner = inner.get_base_model()
-    return argument in inspect.signature(inner.forward).parameters
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    "Whether the forward of the model inside names this argument."
+    return argument in inspect.signature(_inner(model).forward).parameters
 
 def logits_at(
     model: nn.Module,        # a causal language model
@@ -152,8 +155,7 @@ _SHAPED = weakref.WeakSet()        # output layers whose logits the model still 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
     "The module that makes logits, if there is one with a weight."
-    inner = extract_model_from_parallel(model)
-    if hasattr(inner, "get_base_model"): inner = inner.get_base_model()
+    inner = _inner(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     return head if isinstance(getattr(head, "weight", None), torch.Tensor) else None
 
@@ -624,13 +626,17 @@ def _wants_sharding(accelerator: Accelerator) -> bool:
     if os.environ.get("FSDP_VERSION", "1") != "2": raise TrainError("this FSDP is version 1: set fsdp_version to 2 in Accelerate's configuration")
     return True
 
+def is_sharded(model: nn.Module) -> bool:
+    "Whether FSDP2 has spread the model over the processes: then all of them have to take part in each forward pass."
+    return isinstance(_inner(model), FSDPModule)
+
 def _shard(model: nn.Module, device: torch.device) -> nn.Module:
     "The same model, its blocks spread over the processes; what is trained stays whole, unless all is trained."
-    if isinstance(model, FSDPModule): return model
+    if is_sharded(model): return model
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     whole = trained if len(trained) < len(list(model.parameters())) else set()
     for parameter in whole: parameter.data = parameter.data.to(device)
-    for module in (*blocks(model), model): fully_shard(module, reshard_after_forward=True, ignored_params=whole)
+    for module in (*blocks(model), _inner(model)): fully_shard(module, reshard_after_forward=True, ignored_params=whole)
     return model
 
 def _average_gradients(parameters: Sequence[nn.Parameter], processes: int) -> None:
@@ -692,7 +698,7 @@ def _backward(loop: _Loop, step: _Step) -> float:
             mean = loss * (accelerator.num_processes / tokens)
             accelerator.backward(loop.scaler.scale(mean if extra is None else mean + extra))
         total += loss.detach()
-    if isinstance(loop.model, FSDPModule): _average_gradients(loop.parameters, accelerator.num_processes)
+    if is_sharded(loop.model): _average_gradients(loop.parameters, accelerator.num_processes)
     return sum(gather_object([float(total)])) / tokens
 
 # %% ../nbs/22_train.ipynb #2a2be107
@@ -958,6 +964,7 @@ def fit(
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(accelerator.device)
     keeper = None if folder is None else _Keeper(folder, checkpoint_every, _identity(method, task, splits, config), accelerator)
     found = _take_up(keeper, overwrite or restart)
+    if _wants_sharding(accelerator): vars(method.model).setdefault("_steer_nb_base", _base(method.model))
     with signals_noted() as stop: run = _train(method, tokenizer, task, splits, config, accelerator, keeper, found, stop)
     if folder is not None and run.stopped is None:
         rest = {name: _whole(parameter.detach()) for name, parameter in _rest(method.model, peft=method.base is None).items()}      # all processes have a part in it
