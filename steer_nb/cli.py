@@ -8,6 +8,7 @@ __all__ = ['app', 'ModelName', 'TaskName', 'SteeringFolder', 'Size', 'Seed', 'Ba
 
 # %% ../nbs/41_cli.ipynb #e8c8d5ce
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,7 @@ def main() -> None:
 # %% ../nbs/41_cli.ipynb #f0cc6b42
 ModelName = Annotated[str, typer.Option("--model", help="A short name (see `steer_nb models`), a Hub id, or a folder.")]
 TaskName = Annotated[str, typer.Option("--task", help="See `steer_nb tasks`.")]
-SteeringFolder = Annotated[Path | None, typer.Option("--steering", help="A folder that `steer_nb train` wrote, or a Hub id.")]
+SteeringFolder = Annotated[Path | None, typer.Option("--steering", help="The folder `steering` or `method` that `steer_nb train` wrote, or a Hub id.")]
 Size = Annotated[int | None, typer.Option(min=1, help="How many examples; all there are if left out.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the examples chosen, their order, and the adapters' start.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples at once.")]
@@ -85,7 +86,13 @@ def _steered(model: str, steering: Path | None, dtype: str = "float32"):
     from steer_nb.steering import load_steering
     if dtype not in ("float32", "bfloat16"): raise ValueError(f"no dtype {dtype!r}: there are float32 and bfloat16")
     loaded, tokenizer = load_model(model, getattr(torch, dtype), "cpu" if _join() else None)      # to be shared it need not fit on one GPU
-    if steering is not None: _say(load_steering(loaded, steering))
+    if steering is None: return loaded, tokenizer
+    if (Path(steering) / "method.json").exists():
+        from steer_nb.methods import load_method
+        method = load_method(loaded, steering)
+        _say(f"{method.name}, {method.num_parameters:,} parameters")
+        return method.model, tokenizer
+    _say(load_steering(loaded, steering))
     return loaded, tokenizer
 
 # %% ../nbs/41_cli.ipynb #7f97ab06
@@ -117,19 +124,35 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training examples.")] = 1,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Cut each step into passes of at most so many tokens, padding included: less memory, the same result.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method by name in place of a shift: lora, loreft, joint, full and others (a wrong name lists them). It takes --rank and --seed if it has them.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the frozen model in memory: float32, or bfloat16 to halve it.")] = "float32",
+    checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints; 0 is after each step.")] = 60.0,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew in place of an unfinished training in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")] = False,
 ):
-    "Train a steering on a task, and save it with the record of the run."
+    """Train a steering or another method on a task, and save it with the record of the run.
+
+    A training that was killed or stopped goes on when the same command is given again."""
+    from steer_nb.methods import apply_method, method_row
     from steer_nb.steering import SteeringConfig, steer
     from steer_nb.tasks import load_task
     from steer_nb.train import TrainConfig, fit
     config = SteeringConfig(kind=kind, site=site, rank=rank, positions=positions, seed=seed)
-    training = TrainConfig(lr=lr, epochs=epochs, batch_size=batch_size, seed=seed)
+    if method is not None:
+        if (kind, site, positions) != ("linear", "block", "all"): raise ValueError("--kind, --site and --positions describe a shift: leave them out with --method")
+        known = method_row(method, {})[1].options
+        given = {name: value for name, value in {"rank": rank, "seed": seed}.items() if name in known}
+    training = TrainConfig(lr=lr, epochs=epochs, batch_size=batch_size, batch_tokens=batch_tokens, seed=seed)
     examples = load_task(task, n_train=n_train, seed=seed)
     loaded, tokenizer = _steered(model, None, dtype)
-    _say(steer(loaded, config))
-    _say(fit(loaded, tokenizer, examples, training, output=output, overwrite=overwrite))
+    if method is None: _say(steer(loaded, config))
+    trained = loaded if method is None else apply_method(loaded, method, **given)
+    run = fit(trained, tokenizer, examples, training, output=output, overwrite=overwrite, restart=restart, checkpoint_every=checkpoint_every)
+    _say(run)
+    if run.stopped:
+        _say(f"the checkpoint is in {output}: give the same command again to go on")
+        raise typer.Exit(128 + getattr(signal, run.stopped))
     _say(f"saved in {output}")
 
 # %% ../nbs/41_cli.ipynb #339a6c77
@@ -345,6 +368,7 @@ def demo(
     steering = steer(loaded, SteeringConfig(kind="linear", site="block", rank=8, seed=seed))
     typer.echo(f"3. {steering}")
     run = fit(loaded, tokenizer, examples, training, output=output, overwrite=overwrite)
+    if run.stopped: raise KeyboardInterrupt
     after = score(loaded, tokenizer, examples)
     typer.echo(f"4. steered, after {epochs} passes in {run.seconds['training']:.0f} seconds: {_percent(after)}")
     for name, result in (("before", before), ("after", after)): result.save(output / f"{name}.json", overwrite=overwrite)

@@ -249,9 +249,16 @@ def context_length(model: nn.Module) -> int | None:
     length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
+_ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()      # by tokenizer: a grid asks for the same examples again and again
+
 def _encode_split(model: nn.Module, tokenizer, task: Task, split: str) -> list[Encoded]:
-    "The examples of a split as tokens; the error for one that is too long names it."
-    return [encode(tokenizer, example, task.chat, context_length(model)) for example in getattr(task, split)]
+    "The examples of a split as tokens, made once; the error for one that is too long names it."
+    known = _ENCODED.setdefault(tokenizer, {})
+    key = (task.fingerprint, split, task.chat, context_length(model), tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
+    if key not in known:
+        if len(known) > 8: known.clear()
+        known[key] = [encode(tokenizer, example, task.chat, context_length(model)) for example in getattr(task, split)]
+    return known[key]
 
 # %% ../nbs/22_train.ipynb #1315b784
 @dataclass
@@ -961,6 +968,8 @@ def fit(
     splits = {split: _encode_split(method.model, tokenizer, task, split) for split in ("train", "validation")}
     if not splits["train"]: raise TrainError(f"{task.name} has no training examples: load it with n_train=1 or more")
     accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
+        raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(accelerator.device)
     keeper = None if folder is None else _Keeper(folder, checkpoint_every, _identity(method, task, splits, config), accelerator)
     found = _take_up(keeper, overwrite or restart)

@@ -121,12 +121,11 @@ def test_a_truncated_checkpoint_falls_back_and_says_so(script, undisturbed, tmp_
     folder = tmp_path / "run"
     kill_after(start(script, folder), folder, 6)
     numbers = steps_on_disk(folder)
-    assert len(numbers) == 2
     path = folder / CHECKPOINT_FOLDER / f"{numbers[-1]:08d}" / checkpoints.TENSOR_FILE
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
     said, errors = finish(start(script, folder))
     assert f"{numbers[-1]:08d} is damaged" in errors and "the one before it is taken" in errors
-    assert said["resumed"] == [numbers[0]] and results(folder) == undisturbed
+    assert said["resumed"] == [numbers[-2]] and results(folder) == undisturbed
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -151,7 +150,7 @@ def test_a_full_disk_stops_no_training(script, undisturbed, tmp_path):
     before = steps_on_disk(folder)[-1]
     process = start(script, folder, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     output, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and errors.count("no checkpoint could be written") == 1
+    assert process.returncode == 1 and errors.count("UserWarning: no checkpoint could be written") == 1
     assert "TrainError: the training is done and the model has its parameters, but they cannot be written" in errors
     assert steps_on_disk(folder)[-1] == before and not (folder / "run.json").exists()
     finish(start(script, folder))
