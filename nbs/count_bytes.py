@@ -3,22 +3,20 @@
 A tiny Llama learns to name the largest of some digits for a few steps, and every collective of PyTorch is seen as it is called. Prints one
 line of JSON: the bytes of a step by collective, counted as the whole of the tensor that they work on, and the parameters trained."""
 import json
+import os
 import random
 import sys
 from collections import Counter
 
 import torch
-from accelerate import PartialState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from steer_nb.methods import apply_method
-from steer_nb.sites import blocks
-from steer_nb.tasks import Example, Task, collate, encode
-from steer_nb.train import TrainConfig, completion_loss, fit
+from steer_nb.tasks import Example, Task
+from steer_nb.train import TrainConfig, fit, is_sharded
 
 NAMES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
@@ -57,16 +55,9 @@ def main(name: str, options: str, strategy: str) -> dict:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
     method, counted = apply_method(model, name, **json.loads(options)), Counted()
-    if strategy == "ddp":
-        with counted: fit(method, tokenizer, task, TrainConfig(max_steps=steps, batch_size=4))
-    else:
-        PartialState(cpu=True)
-        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-        ignored = None if len(trained) == len(list(model.parameters())) else trained
-        for module in (*blocks(model), model): fully_shard(module, reshard_after_forward=True, ignored_params=ignored)
-        batch = collate(tokenizer, [encode(tokenizer, example) for example in task.train[:4]])
-        with counted:
-            for _ in range(steps): completion_loss(method.model.train(), batch).backward()
+    if strategy == "fsdp": os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}        # what Accelerate's launcher would set
+    with counted: fit(method, tokenizer, task, TrainConfig(max_steps=steps, batch_size=4))
+    assert is_sharded(method.model) == (strategy == "fsdp")
     return {"bytes": {kind: total / steps for kind, total in counted.bytes.items()}, "trained": method.num_parameters}
 
 

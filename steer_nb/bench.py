@@ -39,7 +39,7 @@ from .experiments import load_bed
 from .hooks import edit
 from .methods import apply_method
 from .sites import Site, blocks, hidden_size, nearest
-from .steering import SteeringConfig, steer
+from .steering import SteeringConfig, steer, steerings
 from .tasks import Encoded, collate, encode, encode_choices, load_task
 from .train import Method, TrainConfig, completion_loss, context_length, fit
 
@@ -109,15 +109,20 @@ def _count(model: nn.Module, counts: dict[str, int]) -> nn.Module:
     "The model, which from now on adds to the counts the token slots that it reads and the rows of logits that it makes."
     counts |= {"tokens": 0, "logits": 0}
     def slots(module, args): counts["tokens"] += args[0].numel()
-    def rows(module, args): counts["logits"] += args[0].shape[:-1].numel()
+    def rows(module, args, output): counts["logits"] += output.shape[:-1].numel()
     model.get_input_embeddings().register_forward_pre_hook(slots)
-    model.get_output_embeddings().register_forward_pre_hook(rows)
+    model.get_output_embeddings().register_forward_hook(rows)
     return model
+
+def _bare(bed: Bed) -> nn.Module:
+    "The model without steering, frozen as with it: on CPUs, PyTorch is some percent slower with weights that want no gradient."
+    for steering in steerings(bed.model).values(): steering.remove()
+    return bed.model.eval().requires_grad_(False)
 
 def _fresh(bed: Bed, name: str) -> nn.Module:
     "A copy of the bed's model without gradients, which counts for this contestant."
     bed.counts[name] = {}
-    return _count(copy.deepcopy(bed.model).requires_grad_(False), bed.counts[name])
+    return _count(copy.deepcopy(_bare(bed)).requires_grad_(False), bed.counts[name])
 
 def _arrival(bed: Bed) -> list[dict[str, torch.Tensor]]:
     "Batches of equal size in the order of arrival, each padded to its longest example."
@@ -144,7 +149,7 @@ def _train_once(bed: Bed) -> None:
     model = turn.method.model
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(args[0].tolist()))
     turn()
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()): module._forward_pre_hooks.clear()     # nothing counts in inference
+    model.get_input_embeddings()._forward_pre_hooks.clear(), model.get_output_embeddings()._forward_hooks.clear()       # nothing counts in inference
     bed.trained, bed.grouped = model.eval().requires_grad_(False), _observed(bed, rows)
 
 # %% ../nbs/37_bench.ipynb #6f657257
@@ -312,8 +317,11 @@ class Pyreft:
         self.process.stdin.close(), self.process.stdout.close()
 
 # %% ../nbs/37_bench.ipynb #a8d12278
-def _bare(bed: Bed) -> nn.Module: return bed.model.eval()
-def _steered(bed: Bed) -> nn.Module: return bed.trained
+def _steered(bed: Bed) -> nn.Module:
+    "The same, with the trained shifts put on it: one object, for where weights lie in memory is worth percents."
+    steering = steer(_bare(bed), SteeringConfig(rank=bed.rank))
+    for new, trained in zip(steering.parameters(), steerings(bed.trained)["method"].parameters()): new.data.copy_(trained)
+    return bed.model
 
 def _pass(bed: Bed, name: str, which: Callable[[Bed], nn.Module]) -> Callable:
     model, batch = which(bed), {key: tensor for key, tensor in bed.grouped[len(bed.grouped) // 2].items() if key != "labels"}

@@ -10,6 +10,7 @@ __all__ = ['app', 'ModelName', 'TaskName', 'SteeringFolder', 'Size', 'Seed', 'Ba
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,8 @@ def options(
     logging.disable_progress_bar()
 
 def main() -> None:
-    "The program: run a command, and turn an error into one line and exit code 1."
+    "The program: run a command, and turn an error into one line and exit code 1, and a warning into one line."
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     try: app()
     except (ValueError, OSError, RuntimeError) as error:
         if _DEBUG: raise

@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,23 +145,15 @@ def claimed(store: Store, key: str, stale: float = STALE) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 def _take(path: Path, stale: float) -> bool:
-    "Make the claim file, in place of a stale one; False if another process holds it."
-    with FileLock(path.parent.parent / ".lock"): return _take_alone(path, stale)     # else two could both see it stale, and the second move the first one's away
-
-def _take_alone(path: Path, stale: float) -> bool:
-    "The same, while no other process looks."
-    try: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        probe = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    "Make the claim file, in place of a stale one; False if another process holds it. One process at a time looks."
+    with FileLock(path.parent.parent / ".lock"):
+        probe = path.with_name(f"{path.name}.probe")
         probe.touch()                                    # its time is that of the file system, which machines share
-        try:
-            if probe.stat().st_mtime - path.stat().st_mtime < stale: return False
-            os.replace(path, probe)                      # of several that see a stale claim, one moves it away
-        except FileNotFoundError: pass                   # another process has finished, or moved it
-        finally: probe.unlink(missing_ok=True)
-        try: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError: return False
-    return True
+        try: free = not path.exists() or probe.stat().st_mtime - path.stat().st_mtime >= stale
+        except FileNotFoundError: free = True            # it was given back meanwhile
+        if free: os.replace(probe, path)
+        else: probe.unlink()
+        return free
 
 # %% ../nbs/30_experiments.ipynb #91acce17
 @dataclass(frozen=True)

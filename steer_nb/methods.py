@@ -164,7 +164,7 @@ class LoFiT(Method):
     def __init__(self, model: nn.Module, n_heads: int | None, l1: float, heads: Sequence | None):
         super().__init__(model)
         self.l1, self.heads = _weight("l1", l1), heads
-        self.n_heads = math.ceil(_head_count(model) / 10) if n_heads is None else n_heads
+        self.n_heads = _tenth(model) if n_heads is None else n_heads
         if type(self.n_heads) is not int or not 1 <= self.n_heads <= _head_count(model): raise MethodError(f"n_heads is a number from 1 to {_head_count(model)}, the heads of this model, not {n_heads!r}")
         if heads is None: steer(model, SteeringConfig(kind="scale", site="heads"), name="scales")
         else: steer(model, SteeringConfig(kind="vector", site="heads", heads=heads), name="method")
@@ -196,11 +196,15 @@ def _head_shapes(model: nn.Module) -> list[tuple[int, ...]]:
 
 def _head_count(model: nn.Module) -> int: return sum(heads for heads, _ in _head_shapes(model))
 
+def _tenth(model: nn.Module) -> int:
+    "A tenth of the heads, rounded up: how many LoFiT takes if nobody says."
+    return math.ceil(_head_count(model) / 10)
+
 def _lofit_size(model: nn.Module, n_heads: int | None, heads: Sequence | None, **_) -> int:
     "The chosen heads times their width."
     shapes = _head_shapes(model)
     if len({width for _, width in shapes}) > 1 and heads is None: raise MethodError("the heads of this model differ in width: the size depends on which are chosen")
-    count = len(heads) if heads is not None else math.ceil(_head_count(model) / 10) if n_heads is None else n_heads
+    count = len(heads) if heads is not None else _tenth(model) if n_heads is None else n_heads
     return count * shapes[0][1]
 
 # %% ../nbs/25_methods.ipynb #095dc27a

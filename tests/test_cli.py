@@ -1,8 +1,10 @@
 "The program as a user runs it: in a process of its own, on a real model and real data."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -61,7 +63,37 @@ def test_train(tmp_path):
     assert code == 1 and len(err.strip().splitlines()) == 1 and "exists already" in err
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A model folder that trains in seconds."
+    from steer_nb.experiments import load_bed
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in load_bed("tiny-llama"): part.save_pretrained(folder)
+    return folder
+
+
+def test_a_stopped_training_goes_on_when_asked_for_again(tiny, tmp_path):
+    "SIGTERM to the program; then another learning rate, which is refused; then the same again. A method of PEFT's, which evaluate reads afterwards."
+    words = ["train", "--model", tiny, "--task", "listops", "--n-train", 1600, "--epochs", 2, "--method", "lora", "--rank", 2, "--output", tmp_path / "run", "--checkpoint-every", 0]
+    process = subprocess.Popen([*PROGRAM, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/checkpoints/00000003").exists() and process.poll() is None: time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in out and "give the same command again" in out, err
+    code, _, err = run(*words, "--lr", 5e-4)
+    assert code == 1 and "config.lr was 0.001, now 0.0005" in err and len([line for line in err.splitlines() if not line.startswith("warning")]) == 1
+    code, out, err = run(*words)
+    assert code == 0 and f"saved in {tmp_path / 'run'}" in out, err
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["resumed"][0] >= 3 and record["steps"] == record["planned"] == 200 and not (tmp_path / "run/checkpoints").exists()
+    code, out, err = run("evaluate", "--model", tiny, "--task", "listops", "--steering", tmp_path / "run/method", "--n", 20)
+    assert code == 0 and "lora" in out and "n = 20" in out, err
+    code, out, err = run(*words[:-2], "--kind", "vector", "--overwrite")
+    assert code == 1 and "leave them out with --method" in err
+
+
 @pytest.mark.parametrize("words, code, says", [
+    (["train", "--output", "new", "--method", "lorra"], 1, "did you mean 'lora'"),
     (["evaluate", "--task", "sst3"], 1, "did you mean 'sst2'"),
     (["evaluate", "--model", "smollm-135m"], 1, "smollm2-135m"),
     (["evaluate", "--steering", "/nowhere"], 1, "no steering at /nowhere"),

@@ -225,3 +225,6 @@ def test_the_front_page_shows_what_the_store_says():
     assert repr(experiments.claims(experiment, folder)) in page
     results = experiments.table(experiment, folder)
     assert results.markdown(["arm", "accuracy", "interval", "difference", "seeds", "trainable", "share"]) in page
+    real = experiments.table(preset("small-cpu"), os.path.join(top, "nbs", "store", "small-cpu"))
+    real = type(real)(real.frame[real.frame.accuracy.notna()], real.against)
+    assert len(real.frame) and real.markdown(["task", "arm", "accuracy", "interval", "difference", "seeds", "trainable", "share"]) in page

@@ -143,6 +143,29 @@ def test_a_signal_ends_the_step_and_the_next_call_goes_on(script, undisturbed, t
     assert again["resumed"] == [said["steps"]] and results(folder) == undisturbed
 
 
+def test_interrupt_kernel_in_jupyter(tmp_path):
+    "A real kernel, interrupted as the button does it: the cell ends well, and the next one has the record and a model to use."
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(kernel_name="python3", env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    def say(code, wait=True):
+        message = client.execute(code)
+        return client.get_shell_msg(timeout=240) if wait else message
+    try:
+        say(TOY + "model = tiny(); steer(model)")
+        message = say(f"run = fit(model, tokenizer, toy, TrainConfig(lr=1e-3, epochs=5000, batch_size=4), output={str(tmp_path / 'run')!r})", wait=False)
+        while not steps_on_disk(tmp_path / "run"): time.sleep(0.05)
+        time.sleep(1)
+        manager.interrupt_kernel()
+        while (reply := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != message: pass
+        assert reply["content"]["status"] == "ok", reply["content"]
+        reply = say("assert run.stopped == 'SIGINT' and 0 < run.steps < run.planned and not model.training, run\nmodel(**tokenizer('max of 1 =', return_tensors='pt'))")
+        assert reply["content"]["status"] == "ok", reply["content"]
+        assert len(steps_on_disk(tmp_path / "run")) >= 1 and not (tmp_path / "run" / "run.json").exists()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 def test_a_full_disk_stops_no_training(script, undisturbed, tmp_path):
     "A limit on the size of files stands for the full disk. Training goes on to its end; with room again, the last good checkpoint leads to the same result."
     folder = tmp_path / "run"
@@ -246,6 +269,26 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(tmp_p
     for folder in (tmp_path / "file" / "run", Path("/proc/run") if sys.platform == "linux" else tmp_path / "file" / "run"):
         with pytest.raises(TrainError, match="cannot write to"): fit(method, tokenizer, task, CONFIG, output=folder)
     assert same(before, state_of(method))
+
+
+def test_the_record_names_the_commit_of_a_hub_model(tmp_path):
+    "A cache folder laid out as the Hub's client does it, and nothing else of the Hub: an id without a revision is resolved to the commit."
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub"
+    snapshot = cache / "models--someone--tiny" / "snapshots" / commit
+    toy["tiny"]().save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (cache / "models--someone--tiny" / "refs").mkdir()
+    (cache / "models--someone--tiny" / "refs" / "main").write_text(commit)
+    code = TOY + """
+from steer_nb.assets import load_model
+model, tokenizer = load_model("someone/tiny")
+steer(model)
+print(fit(model, tokenizer, toy, TrainConfig(max_steps=2)).revision)
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert said.stdout.strip().splitlines()[-1:] == [commit], said.stderr[-2000:]
+    assert fit(tiny_method(), tokenizer, task, replace(CONFIG, max_steps=1)).revision is None
 
 
 def test_nothing_is_pickled(unfinished):
