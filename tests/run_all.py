@@ -100,6 +100,7 @@ def run(path: Path) -> tuple[Count, float, str]:
 def main(paths: list[Path]) -> int:
     "Run the files, a line for each; the exit status."
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)         # what a shell starts in the background ignores it, and so would the tests
     total, pool = Count(), ThreadPoolExecutor(WORKERS)
     try:
         waiting = {pool.submit(run, path): path for path in paths}

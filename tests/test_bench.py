@@ -69,9 +69,10 @@ def test_what_comes_before_a_turn_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if name != "pyreft_loreft"])
 def test_every_contestant_runs_and_leaves_the_model_as_it_was(bed, name):
-    before = {key: tensor.clone() for key, tensor in bed.model.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in module._bare(bed).state_dict().items()}
     CONTESTANTS[name].prepare(bed, name)()
-    after = bed.model.state_dict()
+    assert ("model.layers.0.steering.steer_default.adapter.up" in bed.model.state_dict()) == name.endswith("_steered")
+    after = module._bare(bed).state_dict()                # what comes next begins with taking the steering off
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
