@@ -6,7 +6,6 @@
 __all__ = ['STATE_FILE', 'TENSOR_FILE', 'LARGEST', 'Checkpoint', 'Checkpoints', 'Stop', 'signals_noted']
 
 # %% ../nbs/21_checkpoints.ipynb #8bf273fc
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .assets import _sha256
 from .steering import _read_json
 
 # %% ../nbs/21_checkpoints.ipynb #aeb33319
@@ -42,13 +42,6 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
-
-def _digest(path: Path) -> str:
-    "Of a file's content."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20): digest.update(block)
-    return digest.hexdigest()
 
 # %% ../nbs/21_checkpoints.ipynb #cf68b9ee
 class Checkpoints:
@@ -70,7 +63,7 @@ class Checkpoints:
         try:
             try: save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / TENSOR_FILE)
             except SafetensorError as error: raise OSError(f"cannot write {target}: {error}") from error
-            content = json.dumps({"sha256": _digest(part / TENSOR_FILE), "record": record})
+            content = json.dumps({"sha256": _sha256(part / TENSOR_FILE), "record": record})
             (part / STATE_FILE).write_text(content, encoding="utf-8")
             for path in (part / TENSOR_FILE, part / STATE_FILE, part): _sync(path)
             if target.exists(): shutil.rmtree(target)    # the same state again, or a damaged one
@@ -95,7 +88,7 @@ class Checkpoints:
 def _read(folder: Path, number: int) -> Checkpoint:
     "One checkpoint; any of several errors if it is not whole."
     content = _read_json(folder / STATE_FILE, LARGEST)
-    if content["sha256"] != _digest(folder / TENSOR_FILE): raise ValueError(f"{TENSOR_FILE} is not what was written")
+    if content["sha256"] != _sha256(folder / TENSOR_FILE): raise ValueError(f"{TENSOR_FILE} is not what was written")
     return Checkpoint(number, load_file(folder / TENSOR_FILE), content["record"])
 
 # %% ../nbs/21_checkpoints.ipynb #47fe4180

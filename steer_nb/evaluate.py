@@ -170,8 +170,7 @@ def _each_its_part(batches: Sequence[list[int]], work: Callable[[list[int]], Ite
         try: found.update(work(batches[(turn * processes + process) % len(batches)]))
         except Exception as error:
             if not shared: raise
-            failure = error
-            break
+            failure = failure or error                   # the others count on this process in the passes that are left
     if not shared: return found
     parts = gather_object([(found, failure and str(failure))])
     if failure is not None: raise failure

@@ -159,6 +159,15 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     return head if isinstance(getattr(head, "weight", None), torch.Tensor) else None
 
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    "The states of the random numbers of this process."
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
+
+def _set_generators(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    "Go on from what `_generators` returned."
+    if "cpu" in states: torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda": torch.cuda.set_rng_state(states["cuda"], device)
+
 # %% ../nbs/22_train.ipynb #ced43500
 def _negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Summed, in float32 or better."
@@ -184,15 +193,18 @@ def completion_loss(
 
 def _loss_of_rows(model: nn.Module, head: nn.Module | None, inputs: dict, wanted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "The summed loss of the wanted tokens; `labels` are theirs, (tokens,)."
-    rows = _Rows(wanted)
-    hooks = [] if head is None or head in _SHAPED and labels.numel() * head.weight.shape[0] > LOGITS else [head.register_forward_pre_hook(rows.before), head.register_forward_hook(rows.after)]
+    rows, hooks, device = _Rows(wanted), [], labels.device
+    many = head is not None and labels.numel() * head.weight.shape[0] > LOGITS
+    before = _generators(device) if many else {}
+    if head is not None and not (many and head in _SHAPED): hooks = [head.register_forward_pre_hook(rows.before), head.register_forward_hook(rows.after)]
     try: logits = model(**inputs).logits
     finally:
         for hook in hooks: hook.remove()
     if rows.rows is None: return _negative_log_likelihood(logits[wanted.to(logits.device)], labels)
     pieces, targets = rows.rows.split(rows.limit), labels.split(rows.limit)
     if len(pieces) > 1 and not (rows.calls == 1 and torch.equal(rows.raw.to(logits.dtype), logits)):
-        _SHAPED.add(head)                                 # such as Gemma 2's, which are capped: here once for nothing, then never again
+        _SHAPED.add(head)                                 # such as Gemma 2's, which are capped: once for nothing, and as if it had not been
+        _set_generators(before, device)
         return _loss_of_rows(model, head, inputs, wanted, labels)
     loss = _negative_log_likelihood(logits[0], targets[0])
     for piece, target in zip(pieces[1:], targets[1:]):
@@ -768,16 +780,17 @@ def _validate(loop: _Loop, step: int) -> None:
     loop.seconds["validation"] += time.perf_counter() - started
 
 # %% ../nbs/22_train.ipynb #3df813d3
-def _generators(device: torch.device) -> dict[str, torch.Tensor]:
-    "The states of the random numbers of this process."
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
+def _like(parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+    "All of a tensor of which this process has a part, as it has one of the parameter; the tensor itself if that is whole."
+    if not isinstance(parameter, DTensor): return local
+    return DTensor.from_local(local.to(parameter.device), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
 
 def _state(loop: _Loop) -> tuple[dict[str, torch.Tensor], dict]:
     "What a checkpoint holds of a loop; all processes take part, and all get it."
     tensors = {}
     for number, (parameter, copied) in enumerate(zip(loop.parameters, loop.kept.copies)):
         tensors[f"parameter.{number}"] = _whole(parameter.detach())
-        tensors[f"kept.{number}"] = _whole(DTensor.from_local(copied.to(parameter.device), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())) if isinstance(parameter, DTensor) else copied
+        tensors[f"kept.{number}"] = _like(parameter, copied)
         for name, value in loop.optimizer.state.get(parameter, {}).items(): tensors[f"optimizer.{number}.{name}"] = _whole(value)
     for process, own in enumerate(gather_object([_generators(loop.accelerator.device)])):
         tensors |= {f"generator.{process}.{name}": value for name, value in own.items()}
@@ -796,9 +809,8 @@ def _set_state(loop: _Loop, tensors: Mapping[str, torch.Tensor], record: dict) -
             if value.ndim and isinstance(parameter, DTensor): state[name] = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
             else: state[name] = value.to(parameter.device) if value.ndim else value       # the number of steps stays on the CPU
         if state: loop.optimizer.state[parameter] = state
-    process = loop.accelerator.process_index
-    if f"generator.{process}.cpu" in tensors: torch.set_rng_state(tensors[f"generator.{process}.cpu"])
-    if f"generator.{process}.cuda" in tensors and loop.accelerator.device.type == "cuda": torch.cuda.set_rng_state(tensors[f"generator.{process}.cuda"], loop.accelerator.device)
+    own = f"generator.{loop.accelerator.process_index}."
+    _set_generators({name.removeprefix(own): state for name, state in tensors.items() if name.startswith(own)}, loop.accelerator.device)
     loop.step, loop.curve, loop.validation, loop.kept.step, loop.seconds = (record[name] for name in ("step", "curve", "validation", "kept", "seconds"))
     loop.skipped, loop.skipped_in_a_row = record["skipped"]
     if record["scaler"]: loop.scaler.load_state_dict(record["scaler"])
@@ -945,7 +957,7 @@ def fit(
     task: Task,                                   # its training and validation examples; the test examples are not looked at
     config: TrainConfig = TrainConfig(),
     output: str | os.PathLike | None = None,      # a folder for the record and what was trained; None: write nothing
-    overwrite: bool = False,                      # whether the folder may have files already
+    overwrite: bool = False,                      # whether the folder may have files already; an unfinished training that is not the same is then thrown away
     restart: bool = False,                        # whether an unfinished training in the folder is thrown away instead of continued
     checkpoint_every: float = 60.0,               # seconds between checkpoints, which need a folder; 0: after each step
 ) -> Run:
@@ -972,7 +984,7 @@ def fit(
         raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true")
     if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(accelerator.device)
     keeper = None if folder is None else _Keeper(folder, checkpoint_every, _identity(method, task, splits, config), accelerator)
-    found = _take_up(keeper, overwrite or restart)
+    found = _take_up(keeper, overwrite, restart)
     if _wants_sharding(accelerator): vars(method.model).setdefault("_steer_nb_base", _base(method.model))
     with signals_noted() as stop: run = _train(method, tokenizer, task, splits, config, accelerator, keeper, found, stop)
     if folder is not None and run.stopped is None:
@@ -983,12 +995,15 @@ def fit(
     accelerator.wait_for_everyone()
     return run
 
-def _take_up(keeper: _Keeper | None, restart: bool) -> Checkpoint | None:
+def _take_up(keeper: _Keeper | None, overwrite: bool, restart: bool) -> Checkpoint | None:
     "What to go on from. All processes have looked before one of them writes or deletes."
     if keeper is None: return None
-    found = None if restart else keeper.find()
+    try: found = None if restart else keeper.find()
+    except TrainError:
+        if not overwrite: raise
+        found = None
     keeper.accelerator.wait_for_everyone()
-    if restart and keeper.accelerator.is_main_process: keeper.store.clear()
+    if found is None and keeper.accelerator.is_main_process: keeper.store.clear()
     return found
 
 def _train(method: Method, tokenizer, task: Task, splits: dict, config: TrainConfig, accelerator: Accelerator, keeper: _Keeper | None,

@@ -165,4 +165,4 @@ def test_processes_that_do_not_find_each_other_are_an_error(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "steer_nb", "train", "--model", tmp_path / "model", "--task", "listops", "--n-train", "24", "--output", tmp_path / "run"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "false", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, cwd=ROOT)
-    assert done.returncode and done.stderr.count("error: 2 processes were started and see no GPU: set ACCELERATE_USE_CPU=true") == 2 and not (tmp_path / "run").exists()
+    assert done.returncode and done.stderr.count("error: 2 processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true") == 2 and not (tmp_path / "run").exists()

@@ -186,6 +186,7 @@ def tiny_method(name="post_block_linear", **options): return apply_method(toy["t
 
 
 CONFIG = TrainConfig(lr=1e-2, epochs=2, batch_size=8)
+LARGE = 0.5          # a rate at which training soon does harm
 
 
 def break_after(model, passes):
@@ -215,6 +216,28 @@ def test_every_method_goes_on(name, passes, tmp_path):
     run = fit(again, tokenizer, task, CONFIG, output=tmp_path / "run", checkpoint_every=0)
     assert run.resumed == [passes % 8] and run.curve == expected.curve and run.validation == expected.validation and run.best_step == expected.best_step
     assert same(state_of(again), state_of(reference)) and again.options == reference.options
+
+
+def test_what_a_method_remembers_goes_on(tmp_path):
+    "Joint training that projects once has done so before the break, and must not do it again."
+    reference, broken, again = (tiny_method("joint", project="once", every=2) for _ in range(3))
+    expected = fit(reference, tokenizer, task, CONFIG)
+    break_after(broken.model, 4)
+    with pytest.raises(KeyboardInterrupt): fit(broken, tokenizer, task, CONFIG, output=tmp_path, checkpoint_every=0)
+    run = fit(again, tokenizer, task, CONFIG, output=tmp_path)
+    assert run.resumed == [4] and run.curve == expected.curve and same(state_of(again), state_of(reference))
+
+
+def test_the_best_parameters_of_before_the_break_are_kept(tmp_path):
+    "Validation is best before the break and never again: what was kept then has to come out of the checkpoint."
+    config = replace(CONFIG, lr=LARGE, epochs=6, schedule="constant", evaluations_per_epoch=2)
+    reference, broken, again = (tiny_method() for _ in range(3))
+    expected = fit(reference, tokenizer, task, config)
+    assert 0 < expected.best_step < 20 and expected.validation[-1]["loss"] > expected.best_loss
+    break_after(broken.model, 20)
+    with pytest.raises(KeyboardInterrupt): fit(broken, tokenizer, task, config, output=tmp_path, checkpoint_every=0)
+    run = fit(again, tokenizer, task, config, output=tmp_path)
+    assert run.resumed == [20] and run.best_step == expected.best_step and same(state_of(again), state_of(reference))
 
 
 def test_without_validation_the_last_state_goes_on(tmp_path):
@@ -248,9 +271,41 @@ def test_another_training_is_refused_with_the_difference(unfinished):
     other = tiny_method()
     other.model.model.embed_tokens.weight.data.mul_(1.1)
     with pytest.raises(TrainError, match="frozen weights was"): fit(other, tokenizer, task, CONFIG, output=unfinished)
+    assert steps_on_disk(unfinished)[-1] == 3                       # refusing has changed nothing
     run = fit(tiny_method(), tokenizer, task, replace(CONFIG, lr=2e-2), output=unfinished, restart=True)
     assert run.resumed == [] and run.steps == 8 and Run.load(unfinished / "run.json") == run
     with pytest.raises(TrainError, match="exists already"): fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished, restart=True)     # a finished one is not thrown away
+
+
+def test_overwrite_goes_on_with_the_same_and_throws_away_another(unfinished):
+    "The command with --overwrite, too, is one that is given again after a kill."
+    expected = fit(tiny_method(), tokenizer, task, CONFIG)
+    run = fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished, overwrite=True)
+    assert run.resumed == [3] and run.curve == expected.curve
+    broken = tiny_method()                                          # the folder has a finished training now, and then an unfinished one beside it
+    break_after(broken.model, 5)
+    with pytest.raises(KeyboardInterrupt): fit(broken, tokenizer, task, CONFIG, output=unfinished, overwrite=True, checkpoint_every=0)
+    assert fit(tiny_method(), tokenizer, task, replace(CONFIG, lr=2e-2), output=unfinished, overwrite=True).resumed == []
+    broken = tiny_method()
+    break_after(broken.model, 5)
+    with pytest.raises(KeyboardInterrupt): fit(broken, tokenizer, task, CONFIG, output=unfinished, overwrite=True, checkpoint_every=0)
+    assert fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished, overwrite=True).resumed == [5]
+
+
+def test_logits_in_pieces_draw_the_same_random_numbers(monkeypatch):
+    "A model that caps its logits is found out by a forward pass for nothing; random numbers go on as if it had not been made."
+    from steer_nb import train
+    from transformers import AutoModelForCausalLM, Gemma2Config
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+                          final_logit_softcapping=0.5, attention_dropout=0.5, bos_token_id=1, eos_token_id=1, pad_token_id=0, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config).train()
+    batch = train.collate(tokenizer, [train.encode(tokenizer, example) for example in task.train[:8]])
+    monkeypatch.setattr(train, "LOGITS", 3 * len(tokenizer))
+    losses = []
+    for _ in range(2):                                              # the first finds out, the second knows
+        torch.manual_seed(0)
+        losses.append((float(train.completion_loss(model, batch)), float(torch.rand(1))))
+    assert losses[0] == losses[1] and train._output_layer(model) in train._SHAPED
 
 
 def test_another_version_is_said_and_goes_on(unfinished):
