@@ -950,6 +950,39 @@ def _record(loop: _Loop, task: Task, seconds: dict[str, float], stopped: str | N
         processes=accelerator.num_processes, versions=_versions(), planned=len(loop.plan), stopped=stopped, resumed=loop.resumed, skipped=loop.skipped,
         revision=getattr(model.config, "_commit_hash", None))
 
+# %% ../nbs/22_train.ipynb #6a09a87b
+def _take_up(keeper: _Keeper | None, overwrite: bool, restart: bool) -> Checkpoint | None:
+    "What to go on from. All processes have looked before one of them writes or deletes."
+    if keeper is None: return None
+    try: found = None if restart else keeper.find()
+    except TrainError:
+        if not overwrite: raise
+        found = None
+    keeper.accelerator.wait_for_everyone()
+    if found is None and keeper.accelerator.is_main_process: keeper.store.clear()
+    return found
+
+def _train(method: Method, tokenizer, task: Task, splits: dict, config: TrainConfig, accelerator: Accelerator, keeper: _Keeper | None,
+           found: Checkpoint | None, stop: Stop) -> Run:
+    "All stages, from the checkpoint on if there is one."
+    seconds, stopped, at = Counter(found.record["earlier"] if found else {}), None, found.record["stage"] if found else 0
+    resumed = list(found.record["resumed"]) if found else []
+    for stage, _ in enumerate(method.stages()):
+        with _borrowed(method.model, config.seed + accelerator.process_index, accelerator.device):
+            loop = _Loop(method, tokenizer, splits, config, accelerator)
+            if stage < at:
+                for number, parameter in enumerate(loop.parameters): _put(parameter, found.tensors[f"stage.{stage}.{number}"])
+            else:
+                if found and stage == at:
+                    _set_state(loop, found.tensors, found.record)
+                    resumed.append(loop.step)
+                loop.resumed = resumed
+                stopped = _run(loop, keeper, stop)
+                seconds.update(loop.seconds)
+            if keeper: keeper.ends_stage([_whole(parameter.detach()).to("cpu", copy=True) for parameter in loop.parameters], seconds)
+        if stopped: break
+    return _record(loop, task, dict(seconds), stopped)
+
 # %% ../nbs/22_train.ipynb #42ca2621
 def fit(
     model: nn.Module | Method,                    # a causal language model, of which what has requires_grad is trained, or a method
@@ -994,38 +1027,6 @@ def fit(
             keeper.store.clear()
     accelerator.wait_for_everyone()
     return run
-
-def _take_up(keeper: _Keeper | None, overwrite: bool, restart: bool) -> Checkpoint | None:
-    "What to go on from. All processes have looked before one of them writes or deletes."
-    if keeper is None: return None
-    try: found = None if restart else keeper.find()
-    except TrainError:
-        if not overwrite: raise
-        found = None
-    keeper.accelerator.wait_for_everyone()
-    if found is None and keeper.accelerator.is_main_process: keeper.store.clear()
-    return found
-
-def _train(method: Method, tokenizer, task: Task, splits: dict, config: TrainConfig, accelerator: Accelerator, keeper: _Keeper | None,
-           found: Checkpoint | None, stop: Stop) -> Run:
-    "All stages, from the checkpoint on if there is one."
-    seconds, stopped, at = Counter(found.record["earlier"] if found else {}), None, found.record["stage"] if found else 0
-    resumed = list(found.record["resumed"]) if found else []
-    for stage, _ in enumerate(method.stages()):
-        with _borrowed(method.model, config.seed + accelerator.process_index, accelerator.device):
-            loop = _Loop(method, tokenizer, splits, config, accelerator)
-            if stage < at:
-                for number, parameter in enumerate(loop.parameters): _put(parameter, found.tensors[f"stage.{stage}.{number}"])
-            else:
-                if found and stage == at:
-                    _set_state(loop, found.tensors, found.record)
-                    resumed.append(loop.step)
-                loop.resumed = resumed
-                stopped = _run(loop, keeper, stop)
-                seconds.update(loop.seconds)
-            if keeper: keeper.ends_stage([_whole(parameter.detach()).to("cpu", copy=True) for parameter in loop.parameters], seconds)
-        if stopped: break
-    return _record(loop, task, dict(seconds), stopped)
 
 # %% ../nbs/22_train.ipynb #d40feb91
 MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")      # their kernels pass by `out_proj`: PEFT refuses to adapt it
