@@ -413,7 +413,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "generate": Contestant("ten tokens generated, one prompt at a time", "evaluation", _generate),
 }
 
-ROUNDS = {"training": 1, "forward": 4, "decode": 6, "evaluation": 1}          # turns in a repetition: short ones are taken more often
+ROUNDS = {"training": 1, "forward": 6, "decode": 12, "evaluation": 1}          # turns in a repetition: short ones are taken more often
 
 def _chosen(only: Sequence[str] | None) -> list[str]:
     "Names of contestants, in the order of the table; `BenchError` for one that does not exist."
@@ -525,19 +525,19 @@ class Bench:
 
 # %% ../nbs/37_bench.ipynb #6ed6780b
 def _frame(bench: Bench) -> pd.DataFrame:
-    lora = _rate(bench, "trainer_lora")
     rows = []
     for name, times in bench.seconds.items():
-        one, rate, saved = CONTESTANTS[name], _rate(bench, name), bench.saved.get(name)
-        rows.append({"contestant": name, "what": one.what, "seconds": median(times), "lowest": min(times), "highest": max(times), "per second": rate,
-                     "unit": KINDS[one.kind], "× LoRA": rate / lora if lora and one.kind == "training" else np.nan,
+        one, saved = CONTESTANTS[name], bench.saved.get(name)
+        rows.append({"contestant": name, "what": one.what, "seconds": median(times), "lowest": min(times), "highest": max(times), "per second": bench.units[name] / median(times),
+                     "unit": KINDS[one.kind], "× LoRA": _ratio(bench, name, "trainer_lora") if one.kind == "training" else None,
                      "slots": bench.counts.get(name, {}).get("tokens"), "logits": bench.counts.get(name, {}).get("logits"),
                      "memory MiB": bench.memory.get(name, np.nan), "saved MB": np.nan if saved is None else saved / 1e6})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"× LoRA": float})
 
-def _rate(bench: Bench, name: str) -> float | None:
-    "Units per second by the median turn; None if it was not measured."
-    return bench.units[name] / median(bench.seconds[name]) if bench.seconds.get(name) else None
+def _ratio(bench: Bench, name: str, other: str) -> float | None:
+    "How many times as many units per second one contestant does as another: the median over their turns, pair by pair. None if one was not measured."
+    pairs = list(zip(bench.seconds.get(name, ()), bench.seconds.get(other, ())))
+    return median(its / own for own, its in pairs) * bench.units[name] / bench.units[other] if pairs else None
 
 def _headline(bench: Bench) -> str:
     chosen, of = bench.settings, bench.machine
@@ -557,12 +557,7 @@ def _markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../nbs/37_bench.ipynb #b5eedb91
-def _faster(name: str, other: str) -> Callable[[Bench], float | None]:
-    "How many times as many units per second one contestant does as another."
-    def ratio(bench):
-        own, its = _rate(bench, name), _rate(bench, other)
-        return own / its if own and its else None
-    return ratio
+def _faster(name: str, other: str) -> Callable[[Bench], float | None]: return lambda bench: _ratio(bench, name, other)
 
 def _share(part, whole) -> float | None: return part / whole if part is not None and whole else None
 

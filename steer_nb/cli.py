@@ -74,10 +74,10 @@ def _say(text) -> None:
 
 def _join() -> bool:
     "Find the other processes, before a model is loaded: each gets a GPU of its own. Whether they share the model (FSDP)."
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return False
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    from accelerate.utils import parse_flag_from_env
+    from steer_nb.train import join_processes
+    join_processes()
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 def _steered(model: str, steering: Path | None, dtype: str = "float32"):
@@ -327,9 +327,10 @@ def bench(
     "What training, inference and evaluation cost, here and elsewhere, measured side by side."
     from dataclasses import replace
     from steer_nb import bench as module
+    from steer_nb.experiments import load_bed
     chosen = None if only is None else _some(only, module.CONTESTANTS, "contestant")
     found = module.bench(model, task, n, n_test, batch_size, rank, repetitions, threads, chosen, memory, pyreft_python, seed, say=typer.echo)
-    if costs: found = replace(found, costs=module.costs())
+    if costs: found = replace(found, costs=module.costs(load_bed(model)[0].config))
     typer.echo(found)
     if output is not None: typer.echo(f"saved in {found.save(output)}")
 

@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,7 +38,7 @@ from .methods import METHODS, apply_method, load_method, method_row, method_size
 from .scale import GPUS, SHAPES, UTILISATION, bare_model
 from .sites import nearest
 from .tasks import OPERATORS, TASKS, Task, load_task
-from .train import TrainConfig, TrainError, fit
+from .train import TrainConfig, TrainError, fit, join_processes
 
 # %% ../nbs/30_experiments.ipynb #1c2072de
 class ExperimentError(ValueError):
@@ -293,10 +292,6 @@ def load_bed(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 # %% ../nbs/30_experiments.ipynb #fe95f289
-def _state() -> PartialState:
-    "Who this process is, also under a launcher; the first call decides, and asks of the environment what `Accelerator` would ask."
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
 _TASKS: dict[str, Task] = {}
 
 def _task(spec: Spec) -> Task:
@@ -356,7 +351,7 @@ def _test(store: Store, spec: Spec, batch_size: int, main: bool) -> dict:
         if not (_trained(store, spec) / "method.json").exists():
             again, _, _, _ = _train(spec)
             if main: _keep_trained(again, _trained(store, spec))
-            _state().wait_for_everyone()
+            join_processes().wait_for_everyone()
         method = load_method(model, _trained(store, spec))
         parts = method.parts[1:]
     start, result = time.perf_counter(), evaluate(method, tokenizer, _task(spec), "test", batch_size)
@@ -371,7 +366,7 @@ def _test(store: Store, spec: Spec, batch_size: int, main: bool) -> dict:
 # %% ../nbs/30_experiments.ipynb #f67d7ecb
 def do(store: Store, job: Job, batch_size: int) -> dict:
     "Do a job and return its record, also of a failure; only Ctrl-C and the like go through."
-    main = _state().is_main_process
+    main = join_processes().is_main_process
     record = {"kind": job.kind, "id": job.spec.id, "spec": asdict(job.spec), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     try: return {**record, "status": "done", **(_run if job.kind == "run" else _test)(store, job.spec, batch_size, main)}
     except (ExperimentError, AssetError): raise    # of the store or of a model that is not there: that says nothing about the method
@@ -410,7 +405,7 @@ def run_grid(
 
     Raises `ExperimentError` if the store has another experiment of this name, was written by a newer version, or cannot be written to."""
     store = store if isinstance(store, Store) else Store(store)
-    if _state().is_main_process:
+    if join_processes().is_main_process:
         _check_definition(experiment, store)
         for record in store.records() if again else ():
             if record.get("status") == "failed": store.append({"kind": "again", "id": record["id"], "of": [record["kind"], record["id"]]})
@@ -448,7 +443,7 @@ def _tidy(experiment: Experiment, store: Store) -> None:
 
 def _work(experiment: Experiment, store: Store, say: Callable | None, poll: float) -> None:
     "One process (or one launch of several) at work."
-    state, seconds, claims = _state(), [], []
+    state, seconds, claims = join_processes(), [], []
     while True:
         agreed = [_next(experiment, store, claims) if state.is_main_process else None]
         if state.num_processes > 1: broadcast_object_list(agreed)

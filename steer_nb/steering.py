@@ -243,7 +243,9 @@ class _Steer(nn.Module):
         "What the module was given or gave, with the activation in it shifted."
         if not self.enabled or self.strength == 0: return value
         h = read(self.place, value)
-        if self.whole: return write(self.place, value, torch.add(h, self.adapter(h).to(h.dtype), alpha=self.strength))
+        if self.whole:
+            shift = self.adapter(h)
+            return write(self.place, value, torch.add(h, shift if shift.dtype == h.dtype else shift.to(h.dtype), alpha=self.strength))
         chosen = h if self.heads is None else h.index_select(-2, self.heads)
         shift = self.adapter(chosen if self.scale == 1 else chosen * self.scale)       # in the units of the stream, and back again
         shifted = torch.add(chosen, shift.to(h.dtype), alpha=self.strength / self.scale)

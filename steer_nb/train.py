@@ -6,10 +6,11 @@
 __all__ = ['SCHEDULES', 'PRECISIONS', 'LOGITS', 'METHOD_FILE', 'TENSOR_FILE', 'METHOD_SCHEMA', 'SCHEMA', 'SKIPS', 'RUN_FILE',
            'STEERING_FOLDER', 'METHOD_FOLDER', 'CHECKPOINT_FOLDER', 'MAMBAS', 'TrainError', 'TrainConfig',
            'learning_rates', 'accepts', 'logits_at', 'completion_loss', 'context_length', 'Group', 'Method',
-           'as_method', 'save_method', 'restore_method', 'read_method', 'Run', 'draw_curve', 'is_sharded', 'fit',
-           'linear_layers', 'lora_model', 'tuned_copy']
+           'as_method', 'save_method', 'restore_method', 'read_method', 'Run', 'draw_curve', 'join_processes',
+           'is_sharded', 'fit', 'linear_layers', 'lora_model', 'tuned_copy']
 
 # %% ../nbs/22_train.ipynb #414f859c
+import atexit
 import inspect
 import json
 import math
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from hashlib import sha256
 from html import escape
 from io import StringIO
@@ -32,7 +34,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, extract_model_from_parallel, gather_object, parse_flag_from_env
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -638,6 +640,19 @@ def _precision(config: TrainConfig, accelerator: Accelerator) -> str:
     wanted = "bfloat16" if launched or native else "float32"
     return wanted if config.precision == "auto" else config.precision
 
+# %% ../nbs/22_train.ipynb #737c46f9
+def join_processes() -> PartialState:
+    "Who this process is among those that a launcher started; the first call decides, and asks of the environment what `Accelerator` would ask."
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes > 1: _part_at_exit()
+    return state
+
+@cache
+def _part_at_exit() -> None: atexit.register(_part)
+
+def _part() -> None:
+    if distributed.is_initialized() and distributed.get_backend() == "gloo": distributed.destroy_process_group()
+
 # %% ../nbs/22_train.ipynb #796b6611
 def _wants_sharding(accelerator: Accelerator) -> bool:
     "Whether the launcher asked for FSDP2. `TrainError` for the older FSDP."
@@ -1012,6 +1027,7 @@ def fit(
     _trainable(method.model)
     splits = {split: _encode_split(method.model, tokenizer, task, split) for split in ("train", "validation")}
     if not splits["train"]: raise TrainError(f"{task.name} has no training examples: load it with n_train=1 or more")
+    join_processes()
     accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
         raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true")

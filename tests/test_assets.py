@@ -1,6 +1,8 @@
 "assets: conversion of a model made on the spot, two processes at once, killed processes, Hub ids; all without a network."
 import hashlib
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from steer_nb import assets
 from steer_nb.assets import AssetError, DataAsset, ModelAsset, Wheel, fetch_data, gguf_file, load_model
+from steer_nb.steering import SteeringConfig, steer
+from steer_nb.tasks import Example, Task
+from steer_nb.train import Run, TrainConfig, fit
 
 HIDDEN, HEADS, LAYERS, WIDTH = 16, 2, 2, 24
 LETTERS = sorted(ByteLevel.alphabet())
@@ -122,6 +127,30 @@ def test_kept_gguf_is_used_for_conversion(offline, monkeypatch):
     assert hashlib.sha256(gguf_file("tiny").read_bytes()).hexdigest() == assets.MODELS["tiny"].sha256
     monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("fetched again"))
     load_model("tiny", device="cpu")
+
+
+def test_a_training_survives_the_loss_of_the_cache(offline, tmp_path):
+    "Gone while it trains, and still gone when it is taken up again: the model is fetched anew, and the result is that of a training in peace."
+    letters = [Example(f"{a}{b}", f" {b}", (), b, a + b) for a in "abcd" for b in "efgh"]
+    task = Task("letters", "generate", tuple(letters[1:]), tuple(letters[:1]), (), "generated", "letters", max_new_tokens=2, extractor=str.strip)
+    def train(folder, lost_at=None):
+        model, tokenizer = load_model("tiny", device="cpu")
+        steering, passes = steer(model, SteeringConfig(rank=2)), itertools.count()
+        def lose(*_):
+            done = next(passes)
+            if done == lost_at: shutil.rmtree(offline)
+            if lost_at and done == lost_at + 4: raise MemoryError("out it goes")
+        handle = model.register_forward_pre_hook(lose)
+        try: fit(model, tokenizer, task, TrainConfig(lr=1e-2, epochs=4, batch_size=2), output=folder, checkpoint_every=0)
+        except MemoryError: assert lost_at
+        finally: handle.remove()
+        return {site: adapter.state_dict() for site, adapter in steering.adapters.items()}
+    calm = train(tmp_path / "calm")
+    train(tmp_path / "lost", lost_at=5)
+    assert not offline.exists() and not (tmp_path / "lost" / "run.json").exists()
+    again = train(tmp_path / "lost")
+    assert offline.exists() and Run.load(tmp_path / "lost" / "run.json").resumed
+    assert all(torch.equal(tensor, again[site][name]) for site, adapter in calm.items() for name, tensor in adapter.items())
 
 
 @pytest.mark.parametrize("altered, message", [("wheel", "other bytes than the pinned sha256"), ("whole", "GGUF file in")])

@@ -182,7 +182,7 @@ def test_the_table_has_the_medians_of_the_raw_times(measured):
     assert frame["per second"]["ours"] == 5 and frame["× LoRA"]["ours"] == 3 and frame["lowest"]["ours"] == 1 and frame["highest"]["ours"] == 3
     assert frame["× LoRA"].isna()["decode_bare"]
     assert targets.measured["training, × plain wrapper"] == 1.5 and targets.met["training, × plain wrapper"] is True
-    assert targets.measured["training, × frozen floor"] == pytest.approx(0.95) and targets.measured["time of a steered decode step / unsteered"] == 1.0
+    assert targets.measured["training, × frozen floor"] == pytest.approx(0.9) and targets.measured["time of a steered decode step / unsteered"] == 1.25      # of the pairs
     assert targets.met["time of the last quarter / its floor"] is None and len(targets) == len(TARGETS)
 
 
