@@ -25,7 +25,7 @@ from .adapters import Adapter
 from .equivalence import _STARTS, _still, _takes, _told
 from .hooks import capture, edit
 from .sites import Site, available_sites, blocks, hidden_size, locate, nearest
-from .steering import Steering, SteeringConfig, steer, steerings
+from .steering import Steering, SteeringConfig, _file, _read_json, steer, steerings
 
 # %% ../nbs/12_convert.ipynb #272c6120
 class ConvertError(ValueError):
@@ -294,6 +294,8 @@ def _read_lora(folder: str | os.PathLike) -> Lora:
     "The LoRA in a folder that PEFT wrote, its scaling put into B. `ConvertError` if it is none, or does more."
     from peft import PeftConfig
     try:
+        _read_json(Path(folder) / "adapter_config.json", 1 << 22)
+        _file(Path(folder) / "adapter_model.safetensors")
         config, tensors = PeftConfig.from_pretrained(str(folder)), load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error: raise ConvertError(f"no LoRA of PEFT in {folder}: {error}") from error
     if config.peft_type != "LORA": raise ConvertError(f"{folder} holds a {config.peft_type.value} adapter, not a LoRA")

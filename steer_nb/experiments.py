@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -38,7 +37,7 @@ from .methods import METHODS, apply_method, load_method, method_row, method_size
 from .scale import GPUS, SHAPES, UTILISATION, bare_model
 from .sites import nearest
 from .tasks import OPERATORS, TASKS, Task, load_task
-from .train import TrainConfig, TrainError, fit, join_processes
+from .train import METHOD_FILE, METHOD_FOLDER, OutputError, TrainConfig, fit, join_processes
 
 # %% ../nbs/30_experiments.ipynb #1c2072de
 class ExperimentError(ValueError):
@@ -308,51 +307,44 @@ def _bits(result) -> str:
     "Right or wrong, in the order of the examples: 1 and 0."
     return "".join("1" if record["correct"] else "0" for record in result.predictions)
 
-def _train(spec: Spec) -> tuple:
-    "The method, the tokenizer, the run record, and a note if the batch had to be halved."
-    note, training = "", dict(spec.training)
+def _train(store: Store, spec: Spec) -> tuple:
+    """The method, the tokenizer, the run record, and a note if the batch had to be halved or if the training was taken up again.
+
+    `ExperimentError` if there is no room for checkpoints and what is trained."""
+    notes, training = [], dict(spec.training)
     while True:
         model, tokenizer = load_bed(spec.model)
         method = apply_method(model, spec.method, **spec.options)
-        try:
-            run = fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training))
-            if run.stopped: raise KeyboardInterrupt          # half a training is no result
-            return method, tokenizer, run, note
+        try: run = fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training), output=_trained(store, spec), overwrite=True)
+        except OutputError as error: raise ExperimentError(f"{error}: make room and start again, nothing that was recorded is lost") from error
         except torch.OutOfMemoryError:
-            if note: raise
+            if notes: raise
             config = TrainConfig(**training)
             training |= {"batch_size": max(1, config.batch_size // 2), "accumulation_steps": 2 * config.accumulation_steps}
-            note = f"out of memory with batch_size {config.batch_size}: {training['batch_size']}, and {training['accumulation_steps']} passes a step"
-        del model, method
-        torch.cuda.empty_cache()
+            notes.append(f"out of memory with batch_size {config.batch_size}: {training['batch_size']}, and {training['accumulation_steps']} passes a step")
+            del model, method
+            torch.cuda.empty_cache()
+            continue
+        if run.stopped: raise KeyboardInterrupt          # half a training is no result; it goes on when the job is done again
+        if run.resumed: notes.append(f"taken up again at step {', '.join(map(str, run.resumed))}")
+        return method, tokenizer, run, "; ".join(notes)
 
-def _keep_trained(method, folder: Path) -> None:
-    "Write the method in place of an earlier one. `ExperimentError` if it cannot be written: that says nothing about the method."
-    shutil.rmtree(folder, ignore_errors=True)
-    try: method.save(folder)
-    except (OSError, TrainError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ExperimentError(f"cannot write to {folder} ({error}): make room and start again, nothing that was recorded is lost") from error
-
-def _run(store: Store, spec: Spec, batch_size: int, main: bool) -> dict:
+def _run(store: Store, spec: Spec, batch_size: int) -> dict:
     "Train, keep what was trained, score on validation."
-    method, tokenizer, run, note = _train(spec)
-    if main: _keep_trained(method, _trained(store, spec))
+    method, tokenizer, run, note = _train(store, spec)
     result = evaluate(method, tokenizer, _task(spec), "validation", batch_size)
     return {"accuracy": result.accuracy, "n": result.n, "loss": run.best_loss, "steps": run.steps, "best_step": run.best_step, "trainable": run.trainable,
             "parameters": run.parameters, "seconds": round(sum(run.seconds.values()), 2), "memory": run.peak_memory and round(run.peak_memory),
             "device": run.device, "processes": run.processes, "precision": run.precision, "versions": run.versions, "task": run.fingerprint, "note": note}
 
-def _test(store: Store, spec: Spec, batch_size: int, main: bool) -> dict:
+def _test(store: Store, spec: Spec, batch_size: int) -> dict:
     "Score on test, and for a method of several parts each part."
     model, tokenizer = load_bed(spec.model)
     if spec.method == "zero_shot": method, parts = model, ()
     else:
-        if not (_trained(store, spec) / "method.json").exists():
-            again, _, _, _ = _train(spec)
-            if main: _keep_trained(again, _trained(store, spec))
-            join_processes().wait_for_everyone()
-        method = load_method(model, _trained(store, spec))
+        kept = _trained(store, spec) / METHOD_FOLDER
+        if not (kept / METHOD_FILE).exists(): _train(store, spec)
+        method = load_method(model, kept)
         parts = method.parts[1:]
     start, result = time.perf_counter(), evaluate(method, tokenizer, _task(spec), "test", batch_size)
     record = {"accuracy": result.accuracy, "n": result.n, "correct": _bits(result), "task": result.fingerprint, "note": result.note,
@@ -366,9 +358,8 @@ def _test(store: Store, spec: Spec, batch_size: int, main: bool) -> dict:
 # %% ../nbs/30_experiments.ipynb #f67d7ecb
 def do(store: Store, job: Job, batch_size: int) -> dict:
     "Do a job and return its record, also of a failure; only Ctrl-C and the like go through."
-    main = join_processes().is_main_process
     record = {"kind": job.kind, "id": job.spec.id, "spec": asdict(job.spec), "date": time.strftime("%Y-%m-%d", time.gmtime())}
-    try: return {**record, "status": "done", **(_run if job.kind == "run" else _test)(store, job.spec, batch_size, main)}
+    try: return {**record, "status": "done", **(_run if job.kind == "run" else _test)(store, job.spec, batch_size)}
     except (ExperimentError, AssetError): raise    # of the store or of a model that is not there: that says nothing about the method
     except Exception as error: return {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
 
@@ -437,9 +428,8 @@ def _tidy(experiment: Experiment, store: Store) -> None:
         for rate in chosen.rates:
             for seed in (*experiment.sweep_seeds, *experiment.seeds):
                 folder = _trained(store, experiment.spec(*cell, rate, seed))
-                if not folder.exists(): continue
-                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                if rate != chosen.lr or seed not in experiment.seeds or (folder.name in tests and size > LARGE): shutil.rmtree(folder, ignore_errors=True)
+                spent = rate != chosen.lr or seed not in experiment.seeds
+                if spent or (folder.name in tests and sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > LARGE): shutil.rmtree(folder, ignore_errors=True)
 
 def _work(experiment: Experiment, store: Store, say: Callable | None, poll: float) -> None:
     "One process (or one launch of several) at work."

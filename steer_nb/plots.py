@@ -199,11 +199,12 @@ def plot_costs(
 ) -> np.ndarray:
     "Seconds of a step against each axis in log-log, steered and floor, with the fitted exponents."
     frame, fitted = pd.DataFrame(rows), exponents(rows).set_index("axis")
-    if axes is None: axes = plt.subplots(1, len(fitted), figsize=(3 * len(fitted), 2.8), layout="constrained", squeeze=False)[1][0]
+    if axes is None: axes = plt.subplots(1, len(fitted), figsize=(3 * len(fitted), 2.8), layout="constrained", squeeze=False, sharey=True)[1][0]
     for ax, (axis, own) in zip(axes, frame.groupby("axis", sort=False)):
         for name, style in (("floor", "s--"), ("steered", "o-")):
             ax.plot(own.value, own[name], style, color="gray" if name == "floor" else "C0", ms=4, label=f"{name}: exponent {fitted.loc[axis, name]:.2f}")
         ax.set_xscale("log", base=2)
         ax.set(yscale="log", xticks=own.value, xticklabels=[str(value) for value in own.value], xlabel=axis, ylabel="seconds a step" if ax is axes[0] else None)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, loc="upper left")
+    axes[0].margins(y=0.15)
     return axes

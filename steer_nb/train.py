@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'LOGITS', 'METHOD_FILE', 'TENSOR_FILE', 'METHOD_SCHEMA', 'SCHEMA', 'SKIPS', 'RUN_FILE',
-           'STEERING_FOLDER', 'METHOD_FOLDER', 'CHECKPOINT_FOLDER', 'MAMBAS', 'TrainError', 'TrainConfig',
-           'learning_rates', 'accepts', 'logits_at', 'completion_loss', 'context_length', 'Group', 'Method',
-           'as_method', 'save_method', 'restore_method', 'read_method', 'Run', 'draw_curve', 'join_processes',
+           'STEERING_FOLDER', 'METHOD_FOLDER', 'CHECKPOINT_FOLDER', 'MAMBAS', 'TrainError', 'OutputError',
+           'TrainConfig', 'learning_rates', 'accepts', 'logits_at', 'completion_loss', 'context_length', 'Group',
+           'Method', 'as_method', 'save_method', 'restore_method', 'read_method', 'Run', 'draw_curve', 'join_processes',
            'is_sharded', 'fit', 'linear_layers', 'lora_model', 'tuned_copy']
 
 # %% ../nbs/22_train.ipynb #414f859c
@@ -62,6 +62,9 @@ from .tasks import Encoded, Task, collate, encode, length_grouped_batches
 # %% ../nbs/22_train.ipynb #382395eb
 class TrainError(ValueError):
     "A training that cannot be made as asked, or that broke on the way."
+
+class OutputError(TrainError):
+    "A checkpoint, or what was trained, cannot be written: that says nothing about the training."
 
 # %% ../nbs/22_train.ipynb #483796ec
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}   # our names, transformers' names
@@ -850,14 +853,14 @@ class _Keeper:
         return time.perf_counter() - self.ended >= (max(self.every, 19 * self.took) if self.every else 0)
 
     def save(self, loop: _Loop, first: bool = False) -> None:
-        "Write one. `TrainError` if the first cannot be written; a later one only warns, for training is worth more than its checkpoint."
+        "Write one. `OutputError` if the first cannot be written; a later one only warns, for training is worth more than its checkpoint."
         started, (tensors, record) = time.perf_counter(), _state(loop)
         tensors |= {f"stage.{stage}.{number}": tensor for stage, own in enumerate(self.finished) for number, tensor in enumerate(own)}
         if self.accelerator.is_main_process:
             record |= {"stage": len(self.finished), "earlier": self.seconds, "identity": self.identity, "versions": _versions(), "processes": self.accelerator.num_processes}
             try: self.store.save(len(self.finished) * len(loop.plan) + loop.step, tensors, record)
             except OSError as error:
-                if first: raise TrainError(f"cannot write to {self.store.folder.parent}: {error}") from error
+                if first: raise OutputError(f"cannot write to {self.store.folder.parent}: {error}") from error
                 if not self.complained: warnings.warn(f"no checkpoint could be written ({error}): training goes on without, and the ones from before are still there")
                 self.complained = True
         self.ended = time.perf_counter()
@@ -911,7 +914,7 @@ def _run(loop: _Loop, keeper: _Keeper | None, stop: Stop) -> str | None:
                 loop.step = step.number
                 loop.seconds["training"] = time.perf_counter() - started - loop.seconds["validation"]
                 if main: bar.set_postfix_str(f"loss {loop.curve[-1]['loss']:.3f}" if loop.curve else "", refresh=False); bar.update()
-                told = gather_object([(stop.signal, main and keeper is not None and (step.evaluate or keeper.due()))])       # one signal is enough, and one clock
+                told = gather_object([(stop.signal, main and keeper is not None and keeper.due())])       # one signal is enough, and one clock
                 signals = [name for name, _ in told if name]
                 if keeper and (signals or step.number == len(loop.plan) or told[0][1]): keeper.save(loop)
                 if signals: break
@@ -947,7 +950,7 @@ def _write_output(run: Run, method: Method, folder: Path, rest: dict[str, torch.
             if rest: save_file({name: parameter.detach().cpu().contiguous() for name, parameter in rest.items()}, folder / TENSOR_FILE)
         run.save(folder / RUN_FILE)
     except (OSError, SafetensorError, SteeringError, TrainError) as error:
-        raise TrainError(f"the training is done and the model has its parameters, but they cannot be written to {folder} ({error}): "
+        raise OutputError(f"the training is done and the model has its parameters, but they cannot be written to {folder} ({error}): "
                          "make room and run the same again, it goes on from the last checkpoint") from error
 
 # %% ../nbs/22_train.ipynb #6c05f5a6

@@ -310,8 +310,16 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ConvertError, match="does not have"): from_lora(made("gpt2"), tmp_path / "lora")
     with pytest.raises(ConvertError, match="32 × 24, not 32 × 16"): from_lora(made("llama", intermediate_size=16), tmp_path / "lora")
     with pytest.raises(ConvertError, match="no LoRA of PEFT"): from_lora(model, tmp_path / "nothing")
-    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"damaged")
+    tensors, config = tmp_path / "lora" / "adapter_model.safetensors", tmp_path / "lora" / "adapter_config.json"
+    content = tensors.read_bytes()
+    tensors.write_bytes(b"damaged")
     with pytest.raises(ConvertError, match="no LoRA of PEFT"): from_lora(model, tmp_path / "lora")
+    (tmp_path / "elsewhere").write_bytes(content)                    # whole, but not of this folder
+    tensors.unlink()
+    tensors.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConvertError, match="outside of its folder"): from_lora(model, tmp_path / "lora")
+    config.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ConvertError, match="nested"): from_lora(model, tmp_path / "lora")
 
 
 # Files of llama.cpp

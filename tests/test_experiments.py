@@ -18,13 +18,15 @@ TASK = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": 
 GRID = Experiment("grid", ("tiny-llama",), {"listops": TASK},
                   {"linear": Arm("post_block_linear", (1e-2, 3e-2), {"rank": 2}), "lora": Arm("lora", (1e-2,), {"rank": 2}), "joint": Arm("joint", (1e-2,), {"rank": 2, "weight_rank": 2})},
                   {"max_steps": 3, "batch_size": 16}, sweep_seeds=(0, 1), seeds=(0, 1), widen=0)
+FULL = replace(GRID, arms={"full": Arm("full", (1e-3,))}, sweep_seeds=(0,), seeds=(0,))
 SCRIPT = '''
 import sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[2])
-from test_experiments import GRID
+import test_experiments
 from steer_nb.experiments import run_grid
-if __name__ == "__main__": run_grid(GRID, sys.argv[1], processes=int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+grid = getattr(test_experiments, sys.argv[4] if len(sys.argv) > 4 else "GRID")
+if __name__ == "__main__": run_grid(grid, sys.argv[1], processes=int(sys.argv[3]) if len(sys.argv) > 3 else 1)
 '''
 HERE = os.path.dirname(__file__)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -38,7 +40,7 @@ def start(store, *more, tmp_path):
 
 def outcome(store) -> dict:
     "What the records say, without times, memory and dates."
-    varying = {"seconds", "memory", "date"}
+    varying = {"seconds", "memory", "date", "note"}              # the note tells of a training that was taken up again
     return {(r["kind"], r["id"]): {key: value for key, value in r.items() if key not in varying} for r in Store(store).records()}
 
 
@@ -89,6 +91,23 @@ def test_a_launch_of_two_does_each_run_once_and_together(whole, tmp_path):
     alone = {key[1]: record for key, record in outcome(whole).items() if key[0] == "run"}
     assert runs.keys() == alone.keys()
     assert all(abs(runs[key]["loss"] - alone[key]["loss"]) < 1e-4 for key in runs)       # sums in another order
+
+
+def test_a_launch_of_two_that_share_the_model(tmp_path):
+    "Full fine-tuning under FSDP2: what is kept is whole, and is tested like what one process trained."
+    script = tmp_path / "grid.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path / "shared", HERE, "1", "FULL"],
+                          env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run_grid(FULL, tmp_path / "alone", say=None)
+    shared, alone = outcome(tmp_path / "shared"), outcome(tmp_path / "alone")
+    assert shared.keys() == alone.keys() and all(record["status"] == "done" for record in shared.values() if "status" in record), shared
+    kinds = {record["kind"]: (record, alone[key]) for key, record in shared.items()}
+    assert kinds["run"][0]["processes"] == 2 and abs(kinds["run"][0]["loss"] - kinds["run"][1]["loss"]) < 1e-4          # sums in another order
+    assert kinds["test"][0]["correct"] == kinds["test"][1]["correct"]
+    one, other = (next((tmp_path / name / "trained").rglob("*.safetensors")).stat().st_size for name in ("shared", "alone"))
+    assert one == other
 
 
 @pytest.mark.parametrize("room", [900, 1500])
@@ -150,6 +169,23 @@ def test_a_test_without_its_training_trains_again(whole, tmp_path):
     assert record["correct"] == before["correct"] and record["parts"] == before["parts"]
 
 
+def test_a_training_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    "Ctrl-C in the middle of a run, after the fourth of its steps; the record is that of a run in peace, and says what happened."
+    spec = next(job.spec for job in plan(GRID, []) if job.kind == "run")
+    spec, own = replace(spec, training={"max_steps": 8, "batch_size": 4}), experiments.fit
+    def fit(method, *others, **folder):
+        steps = iter(range(5))
+        def count(*_):
+            if torch.is_grad_enabled() and next(steps) == 4: raise KeyboardInterrupt
+        method.model.register_forward_pre_hook(count)
+        return own(method, *others, **folder, checkpoint_every=0)
+    monkeypatch.setattr(experiments, "fit", fit)
+    with pytest.raises(KeyboardInterrupt): do(Store(tmp_path), Job("run", spec), 16)
+    monkeypatch.setattr(experiments, "fit", own)
+    again, peace = (do(Store(folder), Job("run", spec), 16) for folder in (tmp_path, tmp_path / "peace"))
+    assert again["note"] == "taken up again at step 4" and peace["note"] == "" and again["loss"] == peace["loss"] and again["accuracy"] == peace["accuracy"]
+
+
 def test_no_room_for_what_was_trained_stops_the_grid_and_counts_against_no_rate(tmp_path):
     "A file where the folder of trained parameters should be: nothing can be written there, as on a full or read-only disk."
     (tmp_path / "trained").write_text("")
@@ -169,10 +205,10 @@ def test_a_model_that_is_not_there_stops_the_grid(tmp_path):
 def test_without_room_the_batch_is_halved_once(tmp_path, monkeypatch):
     spec = next(job.spec for job in plan(GRID, []) if job.kind == "run")
     own, calls = experiments.fit, []
-    def fit(method, tokenizer, task, config):
+    def fit(method, tokenizer, task, config, **folder):
         calls.append((config.batch_size, config.accumulation_steps))
         if config.batch_size > small: raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(method, tokenizer, task, config)
+        return own(method, tokenizer, task, config, **folder)
     monkeypatch.setattr(experiments, "fit", fit)
     small = 8
     record = do(Store(tmp_path), Job("run", spec), 16)
