@@ -354,11 +354,11 @@ def demo(
     from steer_nb.plots import plot_accuracy, plot_curve
     from steer_nb.steering import SteeringConfig, load_steering, steer
     from steer_nb.tasks import load_task
-    from steer_nb.train import TrainConfig, fit
+    from steer_nb.train import CHECKPOINT_FOLDER, TrainConfig, fit
     import matplotlib.pyplot as plt
 
     start = time.perf_counter()
-    _check_output(output, overwrite)
+    if not (output / CHECKPOINT_FOLDER).is_dir(): _check_output(output, overwrite)        # else it was killed, and goes on
     training = TrainConfig(lr=lr, epochs=epochs, batch_size=16, seed=seed)
     typer.echo(f"1. {model} and {task} (the first time they are fetched and converted, which takes a minute or two)")
     loaded, tokenizer = load_model(model)

@@ -235,17 +235,17 @@ class _Steer(nn.Module):
         self.adapter, self.site, self.positions, self.batch = adapter, site, positions, batch
         self.place, self.scale = replace(place, module=None, scale=1.0), place.scale
         self.strength, self.enabled = 1.0, True
-        self.whole = heads is None and positions == "all" and self.scale == 1      # the usual case, which a decode step meets in every block
+        self.plain = heads is None and positions == "all" and place.parts is None and self.scale == 1     # the usual case, which a decode step meets in every block
         device = next(adapter.parameters()).device
         self.register_buffer("heads", None if heads is None else torch.tensor(heads, device=device), persistent=False)    # moves with the model
 
     def forward(self, value):
         "What the module was given or gave, with the activation in it shifted."
         if not self.enabled or self.strength == 0: return value
+        if self.plain and type(value) is torch.Tensor:
+            shift = self.adapter(value)
+            return torch.add(value, shift if shift.dtype == value.dtype else shift.to(value.dtype), alpha=self.strength)
         h = read(self.place, value)
-        if self.whole:
-            shift = self.adapter(h)
-            return write(self.place, value, torch.add(h, shift if shift.dtype == h.dtype else shift.to(h.dtype), alpha=self.strength))
         chosen = h if self.heads is None else h.index_select(-2, self.heads)
         shift = self.adapter(chosen if self.scale == 1 else chosen * self.scale)       # in the units of the stream, and back again
         shifted = torch.add(chosen, shift.to(h.dtype), alpha=self.strength / self.scale)

@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import time
 import warnings
 import weakref
@@ -30,6 +31,7 @@ from hashlib import sha256
 from html import escape
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import accelerate
 import torch
@@ -52,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import __version__
 from .assets import _keep, _workshop, cache_folder, load_model
-from .checkpoints import Checkpoint, Checkpoints, Stop, signals_noted
+from .checkpoints import Checkpoint, CheckpointError, Checkpoints, Stop, signals_noted, sync_all
 from .sites import blocks, nearest
 from .steering import CONFIG_FILE, SteeringConfig, SteeringError, _base, _read_config, _sample, _read_tensors, fingerprint, prompt_ends, save_steerings, steerings
 from .steering import TENSOR_FILE as STEERING_TENSORS
@@ -654,7 +656,9 @@ def join_processes() -> PartialState:
 def _part_at_exit() -> None: atexit.register(_part)
 
 def _part() -> None:
-    if distributed.is_initialized() and distributed.get_backend() == "gloo": distributed.destroy_process_group()
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+        time.sleep(0.2)              # Python is free meanwhile, for threads that are letting go of their last tensors
 
 # %% ../nbs/22_train.ipynb #796b6611
 def _wants_sharding(accelerator: Accelerator) -> bool:
@@ -840,7 +844,7 @@ class _Keeper:
 
     def __init__(self, folder: Path, every: float, identity: dict, accelerator: Accelerator):
         self.store, self.every, self.identity, self.accelerator = Checkpoints(folder / CHECKPOINT_FOLDER), every, identity, accelerator
-        self.ended, self.took, self.complained = time.perf_counter(), 0.0, False
+        self.ended, self.took, self.spent, self.complained = time.perf_counter(), 0.0, 0.0, False       # `spent`: seconds of all of them together
         self.finished, self.seconds = [], {}     # of each earlier stage the parameters, and of all together the seconds
 
     def ends_stage(self, parameters: list[torch.Tensor], seconds: Mapping[str, float]) -> None:
@@ -852,23 +856,32 @@ class _Keeper:
         "Whether the last checkpoint is long enough ago."
         return time.perf_counter() - self.ended >= (max(self.every, 19 * self.took) if self.every else 0)
 
-    def save(self, loop: _Loop, first: bool = False) -> None:
-        "Write one. `OutputError` if the first cannot be written; a later one only warns, for training is worth more than its checkpoint."
+    def probe(self) -> None:
+        "`OutputError`, before any step is made, if nothing can be written."
+        if not self.accelerator.is_main_process: return
+        try:
+            self.store.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.store.folder) as file: file.write(b"steer_nb")
+        except OSError as error: raise OutputError(f"cannot write to {self.store.folder.parent}: {error}") from error
+
+    def save(self, loop: _Loop) -> None:
+        "Write one. If that fails there is a warning, for training is worth more than its checkpoint."
         started, (tensors, record) = time.perf_counter(), _state(loop)
         tensors |= {f"stage.{stage}.{number}": tensor for stage, own in enumerate(self.finished) for number, tensor in enumerate(own)}
         if self.accelerator.is_main_process:
             record |= {"stage": len(self.finished), "earlier": self.seconds, "identity": self.identity, "versions": _versions(), "processes": self.accelerator.num_processes}
             try: self.store.save(len(self.finished) * len(loop.plan) + loop.step, tensors, record)
             except OSError as error:
-                if first: raise OutputError(f"cannot write to {self.store.folder.parent}: {error}") from error
                 if not self.complained: warnings.warn(f"no checkpoint could be written ({error}): training goes on without, and the ones from before are still there")
                 self.complained = True
         self.ended = time.perf_counter()
         self.took = self.ended - started
+        self.spent += self.took
 
     def find(self) -> Checkpoint | None:
-        "The newest checkpoint of this same training. `TrainError` that shows the differences if it is of another one."
-        found = self.store.newest()
+        "The newest checkpoint of this same training. `TrainError` that shows the differences if it is of another one, or that says why it cannot be read."
+        try: found = self.store.newest()
+        except (OSError, CheckpointError) as error: raise OutputError(f"the checkpoints in {self.store.folder} cannot be read ({error}): mend that, or pass restart=True to begin anew") from error
         if found is None: return None
         changed = list(_changes(found.record["identity"], json.loads(json.dumps(self.identity))))
         if changed:
@@ -903,16 +916,15 @@ def _identity(method: Method, task: Task, splits: dict[str, list[Encoded]], conf
 def _run(loop: _Loop, keeper: _Keeper | None, stop: Stop) -> str | None:
     "All steps that are left, or those until somebody asks to stop: then the signal's name. In the end, and after any exception, the model has the parameters that were kept."
     started, main = time.perf_counter() - loop.seconds["training"] - loop.seconds["validation"], loop.accelerator.is_main_process
-    signals = []
+    signals, spent = [], 0.0 if keeper is None else keeper.spent
     try:
         with tqdm(total=len(loop.plan), initial=loop.step, desc="training", leave=False, delay=2) if main else nullcontext() as bar:
             if loop.step == 0: _validate(loop, 0)
-            if keeper and loop.step == 0: keeper.save(loop, first=True)
             for step in loop.plan[loop.step:]:
                 _update(loop, step)
                 if step.evaluate: _validate(loop, step.number)
                 loop.step = step.number
-                loop.seconds["training"] = time.perf_counter() - started - loop.seconds["validation"]
+                loop.seconds["training"] = time.perf_counter() - started - loop.seconds["validation"] - (keeper.spent - spent if keeper else 0.0)
                 if main: bar.set_postfix_str(f"loss {loop.curve[-1]['loss']:.3f}" if loop.curve else "", refresh=False); bar.update()
                 told = gather_object([(stop.signal, main and keeper is not None and keeper.due())])       # one signal is enough, and one clock
                 signals = [name for name, _ in told if name]
@@ -932,7 +944,7 @@ def _check_output(output: str | os.PathLike | None, overwrite: bool) -> Path | N
     if output is None: return None
     folder = Path(output)
     if folder.exists() and not folder.is_dir(): raise TrainError(f"{folder} is a file: choose a folder to write to")
-    unfinished = (folder / CHECKPOINT_FOLDER).is_dir() and not (folder / RUN_FILE).exists()
+    unfinished = (folder / CHECKPOINT_FOLDER).is_dir()           # it goes last, after the results are written
     if folder.exists() and any(folder.iterdir()) and not overwrite and not unfinished:
         raise TrainError(f"{folder} exists already and is not empty: choose another folder, or pass overwrite=True")
     return folder
@@ -949,6 +961,7 @@ def _write_output(run: Run, method: Method, folder: Path, rest: dict[str, torch.
             if steerings(model): save_steerings(model, folder / STEERING_FOLDER)
             if rest: save_file({name: parameter.detach().cpu().contiguous() for name, parameter in rest.items()}, folder / TENSOR_FILE)
         run.save(folder / RUN_FILE)
+        sync_all(folder)             # the checkpoints go only when the results are on the disk
     except (OSError, SafetensorError, SteeringError, TrainError) as error:
         raise OutputError(f"the training is done and the model has its parameters, but they cannot be written to {folder} ({error}): "
                          "make room and run the same again, it goes on from the last checkpoint") from error
@@ -973,11 +986,14 @@ def _take_up(keeper: _Keeper | None, overwrite: bool, restart: bool) -> Checkpoi
     "What to go on from. All processes have looked before one of them writes or deletes."
     if keeper is None: return None
     try: found = None if restart else keeper.find()
+    except OutputError: raise
     except TrainError:
         if not overwrite: raise
         found = None
-    keeper.accelerator.wait_for_everyone()
+    numbers = gather_object([found and found.number])
+    if len(set(numbers)) > 1: raise TrainError(f"the processes see different checkpoints in {keeper.store.folder} ({', '.join(map(str, numbers))}): they need a folder that all of them see")
     if found is None and keeper.accelerator.is_main_process: keeper.store.clear()
+    keeper.probe()
     return found
 
 def _train(method: Method, tokenizer, task: Task, splits: dict, config: TrainConfig, accelerator: Accelerator, keeper: _Keeper | None,
@@ -1017,7 +1033,8 @@ def fit(
 
     With a folder, a training that was killed goes on when it is asked for again, and ends as if nothing had happened: its checkpoints
     lie in `checkpoints/` until the end. Ctrl-C, "interrupt kernel" and SIGTERM end it after the step that is being made: `stopped` in the
-    record names the signal, the model has the best parameters so far, and the folder has a checkpoint but no results.
+    record names the signal, the model has the best parameters so far, and the folder has a checkpoint but no results. In the last step they
+    act when everything is written.
 
     A method that trains in stages gets all the steps in each: the record's curve is that of the last, its seconds those of all.
     The folder gets `run.json` and what was trained: of a method, the folder `method/`; of a plain model, the steerings in `steering/`
@@ -1045,6 +1062,7 @@ def fit(
             _write_output(run, method, folder, rest)
             keeper.store.clear()
     accelerator.wait_for_everyone()
+    if stop.signal and run.stopped is None: signal.raise_signal(signal.Signals[stop.signal])      # it came in the last step: all is done and written, now it acts
     return run
 
 # %% ../nbs/22_train.ipynb #d40feb91
@@ -1108,12 +1126,14 @@ def tuned_copy(
         with _workshop(kept.name) as folder:
             if not kept.exists():                        # another process may have made it meanwhile
                 trained = lora_model(model, rank, seed=config.seed) if method == "lora" else model.requires_grad_(True)
-                run = fit(trained, tokenizer, task, config)
-                if run.stopped: raise KeyboardInterrupt      # half a copy is none
+                unfinished = cache_folder() / "unfinished" / kept.name
+                run = fit(trained, tokenizer, task, config, output=unfinished, overwrite=True)
+                if run.stopped: raise KeyboardInterrupt      # half a copy is none; it goes on when it is asked for again
                 trained.save_pretrained(folder / "copy")
                 run.save(folder / "copy" / RUN_FILE)
                 (folder / "copy" / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
                 _keep(folder / "copy", kept)
+                shutil.rmtree(unfinished)
     model, _ = load_model(name)
     if method == "lora":
         from peft import PeftModel

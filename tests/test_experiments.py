@@ -1,4 +1,5 @@
 "What does not fit into the notebook of experiments: kills, several processes, a full disk, a GPU without room."
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ TASK = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": 
 GRID = Experiment("grid", ("tiny-llama",), {"listops": TASK},
                   {"linear": Arm("post_block_linear", (1e-2, 3e-2), {"rank": 2}), "lora": Arm("lora", (1e-2,), {"rank": 2}), "joint": Arm("joint", (1e-2,), {"rank": 2, "weight_rank": 2})},
                   {"max_steps": 3, "batch_size": 16}, sweep_seeds=(0, 1), seeds=(0, 1), widen=0)
+LONG = replace(GRID, arms={"linear": Arm("post_block_linear", (1e-2, 3e-2), {"rank": 2})}, training={"epochs": 1000, "batch_size": 16})
 FULL = replace(GRID, arms={"full": Arm("full", (1e-3,))}, sweep_seeds=(0,), seeds=(0,))
 SCRIPT = '''
 import sys, warnings
@@ -32,10 +34,10 @@ HERE = os.path.dirname(__file__)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
-def start(store, *more, tmp_path):
+def start(store, *more, tmp_path, **how):
     script = tmp_path / "grid.py"
     script.write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, script, store, HERE, *map(str, more)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, script, store, HERE, *map(str, more)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
 
 
 def outcome(store) -> dict:
@@ -76,6 +78,17 @@ def test_two_processes_share_a_grid(whole, tmp_path):
     assert len({(line["kind"], line["id"]) for line in lines}) == len(lines), "something was done twice"
     assert {key: record.get("accuracy") for key, record in outcome(tmp_path / "shared").items()} == {key: record.get("accuracy") for key, record in outcome(whole).items()}
     assert not list((tmp_path / "shared" / "claims").iterdir())
+
+
+def test_ctrl_c_in_a_terminal_lets_the_workers_end_their_step(tmp_path):
+    "It reaches the parent and its workers at once. What was being trained has a checkpoint then, and the claims are free."
+    process = start(tmp_path / "grid", 2, "LONG", tmp_path=tmp_path, start_new_session=True)
+    while not list((tmp_path / "grid").glob("trained/*/checkpoints")) and process.poll() is None: time.sleep(0.01)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, said
+    assert list((tmp_path / "grid").glob("trained/*/checkpoints/0*")) and not list((tmp_path / "grid" / "claims").iterdir()), said
 
 
 def test_a_launch_of_two_does_each_run_once_and_together(whole, tmp_path):
@@ -216,6 +229,17 @@ def test_without_room_the_batch_is_halved_once(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "fit", own)
     assert abs(record["loss"] - do(Store(tmp_path / "whole"), Job("run", spec), 16)["loss"]) < 1e-5       # the same steps, summed in another order
     monkeypatch.setattr(experiments, "fit", fit)
+    def killed(*arguments, **folder):                                # with half the batch, and in the middle: it goes on with half the batch
+        method, passes = arguments[0], itertools.count()
+        def hook(*_):
+            if torch.is_grad_enabled() and next(passes) == 5: raise KeyboardInterrupt
+        method.model.register_forward_pre_hook(hook)
+        return fit(*arguments, **folder, checkpoint_every=0)
+    monkeypatch.setattr(experiments, "fit", killed)
+    with pytest.raises(KeyboardInterrupt): do(Store(tmp_path / "killed"), Job("run", spec), 16)
+    monkeypatch.setattr(experiments, "fit", fit)
+    calls[:] = []
+    assert do(Store(tmp_path / "killed"), Job("run", spec), 16)["note"] == record["note"] + "; taken up again at step 2" and calls == [(8, 2)]
     small, calls[:] = 4, []
     record = do(Store(tmp_path / "never"), Job("run", spec), 16)
     assert calls == [(16, 1), (8, 2)] and record["status"] == "failed" and "OutOfMemoryError" in record["error"]

@@ -51,7 +51,6 @@ if asked.get("evaluate"):
         try: evaluate(method, tokenizer, choices)
         except Exception as error: said["error"] = f"{type(error).__name__}: {error}"
 print(json.dumps(said), flush=True)
-if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 '''
 
 
@@ -138,6 +137,9 @@ def test_a_dead_process_ends_the_run_and_the_next_goes_on(worker, alone, tmp_pat
     assert first.wait(timeout=60) != 0, first.stdout.read()
     for process in (first, second): process.communicate()
     assert steps_on_disk(folder) and not (folder / "run.json").exists()
+    for process in launch(worker, 2, folder, own="-other", fsdp=fsdp):                 # rank 1 sees another folder: neither begins
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1 and "the processes see different checkpoints" in errors, errors
     again, _ = finish(launch(worker, 2, folder, fsdp=fsdp))
     assert len(again["resumed"]) == 1 and again["resumed"][0] >= 3
     assert gap(tensors(folder), alone[1]) < 1e-6 and max(abs(a - b) for a, b in zip(losses(again), losses(alone[0]), strict=True)) < 1e-9

@@ -2,7 +2,9 @@
 
 The measure is always the same: what comes out after all of it is bit-equal to a training that nobody disturbed.
 """
+import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -20,7 +22,7 @@ from test_train import TOY
 from steer_nb import checkpoints
 from steer_nb.checkpoints import Checkpoints
 from steer_nb.methods import METHODS, apply_method
-from steer_nb.train import CHECKPOINT_FOLDER, Run, TrainConfig, TrainError, fit
+from steer_nb.train import CHECKPOINT_FOLDER, OutputError, Run, TrainConfig, TrainError, fit
 
 toy = {}
 exec(TOY, toy)
@@ -133,8 +135,8 @@ def test_a_signal_ends_the_step_and_the_next_call_goes_on(script, undisturbed, t
     folder = tmp_path / "run"
     process = start(script, folder, every=3600.0)
     process.stdout.readline()
-    while not steps_on_disk(folder): time.sleep(0.002)
-    time.sleep(0.1)
+    while not (folder / CHECKPOINT_FOLDER).exists() and process.poll() is None: time.sleep(0.002)
+    time.sleep(0.5)                                                 # of some two seconds that it trains
     process.send_signal(getattr(signal, name))
     said, _ = finish(process)                                       # it ends by itself, well, and with a record
     assert said["stopped"] == name and 0 < said["steps"] < 40 and said["usable"]
@@ -153,7 +155,7 @@ def test_interrupt_kernel_in_jupyter(tmp_path):
     try:
         say(TOY + "model = tiny(); steer(model)")
         message = say(f"run = fit(model, tokenizer, toy, TrainConfig(lr=1e-3, epochs=5000, batch_size=4), output={str(tmp_path / 'run')!r})", wait=False)
-        while not steps_on_disk(tmp_path / "run"): time.sleep(0.05)
+        while not (tmp_path / "run" / CHECKPOINT_FOLDER).exists(): time.sleep(0.05)
         time.sleep(1)
         manager.interrupt_kernel()
         while (reply := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != message: pass
@@ -174,7 +176,7 @@ def test_a_full_disk_stops_no_training(script, undisturbed, tmp_path):
     process = start(script, folder, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and errors.count("UserWarning: no checkpoint could be written") == 1
-    assert "TrainError: the training is done and the model has its parameters, but they cannot be written" in errors
+    assert "OutputError: the training is done and the model has its parameters, but they cannot be written" in errors
     assert steps_on_disk(folder)[-1] == before and not (folder / "run.json").exists()
     finish(start(script, folder))
     assert results(folder) == undisturbed
@@ -290,6 +292,48 @@ def test_overwrite_goes_on_with_the_same_and_throws_away_another(unfinished):
     break_after(broken.model, 5)
     with pytest.raises(KeyboardInterrupt): fit(broken, tokenizer, task, CONFIG, output=unfinished, overwrite=True, checkpoint_every=0)
     assert fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished, overwrite=True).resumed == [5]
+
+
+def test_killed_between_the_results_and_the_end(unfinished):
+    "The results are written, the checkpoints still there: the same call ends what it began, and then the folder is like any other."
+    run = fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished)
+    before = {path.name: path.read_bytes() for path in (unfinished / "method").iterdir()}
+    store = Checkpoints(unfinished / CHECKPOINT_FOLDER)
+    own, Checkpoints.clear = Checkpoints.clear, lambda self: None
+    try: fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished, overwrite=True)
+    finally: Checkpoints.clear = own
+    assert (unfinished / "run.json").exists() and store.numbers()
+    again = fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished)
+    assert again.resumed == [again.steps] and again.curve == run.curve and not store.folder.exists()
+    assert {path.name: path.read_bytes() for path in (unfinished / "method").iterdir()} == before
+    with pytest.raises(TrainError, match="exists already"): fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished)
+
+
+def test_a_disk_that_fails_is_no_reason_to_begin_anew(unfinished, monkeypatch):
+    "Also not with overwrite, which goes on with the same training."
+    numbers = steps_on_disk(unfinished)
+    def fails(path): raise OSError(5, "Input/output error")
+    monkeypatch.setattr(checkpoints, "_sha256", fails)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="cannot be read .*Input/output error.*restart=True"): fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished, overwrite=overwrite)
+    monkeypatch.undo()
+    assert steps_on_disk(unfinished) == numbers
+    assert fit(tiny_method(), tokenizer, task, CONFIG, output=unfinished).resumed
+
+
+def test_a_signal_in_the_last_step_acts_when_all_is_written(tmp_path):
+    method, passes = tiny_method(), itertools.count(1)
+    steps = fit(tiny_method(), tokenizer, task, CONFIG).steps
+    batches = math.ceil(steps * CONFIG.accumulation_steps)
+    def hook(*_):
+        if torch.is_grad_enabled() and next(passes) == batches: os.kill(os.getpid(), signal.SIGINT)
+    method.model.register_forward_pre_hook(hook)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt): fit(method, tokenizer, task, CONFIG, output=tmp_path / "run")
+    finally: signal.signal(signal.SIGINT, before)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["method", "run.json"] and Run.load(tmp_path / "run" / "run.json").stopped is None
 
 
 def test_logits_in_pieces_draw_the_same_random_numbers(monkeypatch):

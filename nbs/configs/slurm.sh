@@ -13,4 +13,4 @@ export OMP_NUM_THREADS=4
 srun bash -c 'accelerate launch --config_file nbs/configs/several_nodes.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * 8))" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_PROCESS_IP" \
-    -m steer_nb train --model meta-llama/Meta-Llama-3-8B --task sst2 --batch-size 256 --output runs/sst2-8b'
+    -m steer_nb train --model meta-llama/Meta-Llama-3-8B --dtype bfloat16 --task sst2 --batch-size 256 --output runs/sst2-8b'
