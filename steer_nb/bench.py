@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'KINDS', 'CONTESTANTS', 'ROUNDS', 'SCHEMA', 'TARGETS', 'SMALL', 'AXES', 'USUAL', 'BenchError', 'rotated',
            'clock', 'race', 'Bed', 'PlainBlock', 'plain_wrapper', 'Pyreft', 'Contestant', 'peak_memory', 'machine',
-           'Bench', 'bench', 'exponent', 'costs', 'exponents']
+           'Bench', 'markdown', 'bench', 'exponent', 'costs', 'exponents']
 
 # %% ../nbs/37_bench.ipynb #f1bc9a7b
 import copy
@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ from .methods import apply_method
 from .sites import Site, blocks, hidden_size, nearest
 from .steering import SteeringConfig, steer, steerings
 from .tasks import Encoded, collate, encode, encode_choices, load_task
-from .train import _ENCODED, Method, TrainConfig, completion_loss, context_length, fit
+from .train import _ENCODED, _forget_peak, _peak_memory, _resident, Method, TrainConfig, completion_loss, context_length, fit
 
 # %% ../nbs/37_bench.ipynb #2fa297be
 class BenchError(ValueError):
@@ -423,13 +422,6 @@ def _chosen(only: Sequence[str] | None) -> list[str]:
         if name not in CONTESTANTS: raise BenchError(f"no contestant {name!r}: there are {', '.join(CONTESTANTS)}{nearest(name, CONTESTANTS)}")
     return [name for name in CONTESTANTS if only is None or name in only]
 
-# %% ../nbs/37_bench.ipynb #e804f169
-def _resident(field: str) -> float | None:
-    "`VmRSS` (now) or `VmHWM` (the peak) of this process in MiB; None where the system does not say."
-    try: lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError: return None
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
 # %% ../nbs/37_bench.ipynb #5fd4bcbe
 def _memory_here(job: str) -> None:
     "In a process of its own: train one batch, and print the peak above the loaded model in MiB."
@@ -441,19 +433,10 @@ def _memory_here(job: str) -> None:
     turn = CONTESTANTS[given["name"]].prepare(bed, given["name"])
     bed.model = None                                     # the turn has a copy of its own
     gc.collect()
-    if bed.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        turn()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        try: Path("/proc/self/clear_refs").write_text("5")          # the peak is what is resident now
-        except OSError: pass
-        unit = 2 ** 20 if platform.system() == "Darwin" else 2 ** 10
-        before = _resident("VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        turn()
-        peak = _resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print("answer " + json.dumps((peak - before) / (2 ** 20 if bed.device.type == "cuda" else 1)))
+    _forget_peak(bed.device)
+    before = torch.cuda.memory_allocated() / 2 ** 20 if bed.device.type == "cuda" else _resident("VmRSS") or _peak_memory(bed.device)
+    turn()
+    print("answer " + json.dumps(_peak_memory(bed.device) - before))
 
 # %% ../nbs/37_bench.ipynb #58b90e8c
 def peak_memory(name: str, threads: int, **bed) -> float:
@@ -523,7 +506,7 @@ class Bench:
         tables = [table.to_string(index=False, na_rep="", float_format="{:,.4g}".format) for table in (self.frame, self.targets)]
         return "\n\n".join([_headline(self), *tables, *self.notes])
 
-    def _repr_markdown_(self) -> str: return "\n\n".join([_headline(self), _markdown(self.frame), _markdown(self.targets), *self.notes])
+    def _repr_markdown_(self) -> str: return "\n\n".join([_headline(self), markdown(self.frame), markdown(self.targets), *self.notes])
 
 # %% ../nbs/37_bench.ipynb #6ed6780b
 def _frame(bench: Bench) -> pd.DataFrame:
@@ -549,8 +532,8 @@ def _headline(bench: Bench) -> str:
             f"{of['gpu'] or of['processor']}, {of['threads']} threads, {of['instructions']}, torch {of['torch']}, transformers {of['transformers']}, peft {of['peft']}.")
 
 # %% ../nbs/37_bench.ipynb #41d7b1f9
-def _markdown(frame: pd.DataFrame) -> str:
-    "A table of Markdown: numbers with three or four digits, nothing for what is missing."
+def markdown(frame: pd.DataFrame) -> str:
+    "A table as Markdown: numbers with three or four digits, nothing for what is missing."
     def shown(value):
         if value is None or value != value: return ""
         if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"

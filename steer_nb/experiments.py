@@ -9,6 +9,7 @@ __all__ = ['SCHEMA', 'BEAT', 'STALE', 'LISTOPS', 'BED', 'BEDS', 'LARGE', 'GRACE'
            'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims', 'keep_claim', 'preset', 'dry_run']
 
 # %% ../nbs/30_experiments.ipynb #d78193ae
+import gc
 import hashlib
 import inspect
 import json
@@ -320,6 +321,7 @@ def _train(store: Store, spec: Spec) -> tuple:
             config = TrainConfig(**spec.training)
             training |= {"batch_size": max(1, config.batch_size // 2), "accumulation_steps": 2 * config.accumulation_steps}
             notes = [f"out of memory with batch_size {config.batch_size}: {training['batch_size']}, and {training['accumulation_steps']} passes a step"]
+        gc.collect()                                     # the model of the run before, so that the peak of memory is of this one
         model, tokenizer = load_bed(spec.model)
         method = apply_method(model, spec.method, **spec.options)
         try: run = fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training), output=folder, overwrite=True)
@@ -687,11 +689,11 @@ class Claims:
     def _repr_markdown_(self) -> str: return repr(self)
 
 def claims(experiment: Experiment, store: Store | str | os.PathLike) -> Claims:
-    "Each claim with its difference, interval and verdict; a claim without its runs says so."
+    "Each claim with its difference, interval and verdict, of those of its pairs that are among the arms; a claim without its runs says so."
     rows = []
     for claim in CLAIMS:
-        known = all(arm.partition(":")[0] in experiment.arms for arm in (*claim.better, *claim.worse))
-        found = settle(claim.text, experiment, store, claim.better, claim.worse, claim.margin) if known else Verdict(claim.text, None, None, "undecided", 0)
+        pairs = [pair for pair in zip(claim.better, claim.worse) if all(arm.partition(":")[0] in experiment.arms for arm in pair)]
+        found = settle(claim.text, experiment, store, *zip(*pairs), claim.margin) if pairs else Verdict(claim.text, None, None, "undecided", 0)
         low, high = found.interval or (None, None)
         rows.append({"claim": claim.name, "says": claim.text, "verdict": found.verdict if found.interval else "no runs yet", "difference": found.difference, "low": low, "high": high, "pairs": found.pairs})
     measured = {}

@@ -519,7 +519,7 @@ class Run:
     curve: list[dict]             # a step: step, epoch, loss (nats per labelled token), lr, grad_norm, tokens, examples
     validation: list[dict]        # a validation: step (0: before training) and loss (nats per labelled token)
     seconds: dict[str, float]     # of "training" and of "validation"
-    peak_memory: float | None     # MiB: of the GPU's memory during the run, or of the whole process so far on a CPU
+    peak_memory: float | None     # MiB, during the run: of the GPU's memory, or of the whole process on a CPU
     device: str
     processes: int
     versions: dict[str, str]      # of Python, the libraries and steer_nb
@@ -616,9 +616,22 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
 
+def _resident(field: str) -> float | None:
+    "`VmRSS` (now) or `VmHWM` (the peak) of this process in MiB; None where the system is not Linux."
+    try: lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError: return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), None)
+
+def _forget_peak(device: torch.device) -> None:
+    "Count the peak of memory from here on, on a GPU and on Linux."
+    if device.type == "cuda": return torch.cuda.reset_peak_memory_stats(device)
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
+
 def _peak_memory(device: torch.device) -> float | None:
-    "In MiB: of the GPU's memory since it was last reset, else of the process since it began; None where nobody counts."
+    "In MiB, since `_forget_peak`: of the GPU's memory, else of the process's; without Linux since the process began; None where nobody counts."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    if (peak := _resident("VmHWM")) is not None: return peak
     try: import resource
     except ImportError: return None             # on Windows
     unit = 1 if platform.system() == "Darwin" else 2 ** 10
@@ -1051,7 +1064,7 @@ def fit(
     accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
         raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true")
-    if accelerator.device.type == "cuda": torch.cuda.reset_peak_memory_stats(accelerator.device)
+    _forget_peak(accelerator.device)
     keeper = None if folder is None else _Keeper(folder, checkpoint_every, _identity(method, task, splits, config), accelerator)
     found = _take_up(keeper, overwrite, restart)
     if _wants_sharding(accelerator): vars(method.model).setdefault("_steer_nb_base", _base(method.model))

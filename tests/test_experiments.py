@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_nb import experiments
+from steer_nb import bench, experiments
 from steer_nb.experiments import Arm, Experiment, ExperimentError, Spec, Store, do, plan, preset, run_grid, Job
 
 TASK = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}
@@ -267,6 +267,24 @@ def test_smoke_has_every_method_and_none_fails(tmp_path):
     assert frame.accuracy.notna().all() and (frame.seeds == "1").all()
 
 
+def test_a_claim_is_settled_on_the_pairs_that_are_there(whole):
+    "Of the three kinds after the block and after the MLP this grid has one."
+    grid = replace(GRID, arms={"post_block_linear": GRID.arms["linear"], "mlp_linear": replace(GRID.arms["linear"], method="mlp_linear"), "post_block_vector": GRID.arms["lora"]})
+    made, tests = [], [record for record in Store(whole).records() if record["kind"] == "test"]
+    for arm, share in (("post_block_linear", 3), ("mlp_linear", 4)):                # every third right, every fourth right
+        for seed in grid.seeds:
+            bits = "".join("1" if example % share == 0 else "0" for example in range(40))
+            made.append({**tests[0], "arm": arm, "correct": bits, "seed": seed})
+    found = []
+    own = experiments._tests
+    experiments._tests = lambda experiment, records, model, task, arm: (None, [record for record in made if record["arm"] == arm])
+    try: found = experiments.claims(grid, whole).frame
+    finally: experiments._tests = own
+    row = found[found.says.str.startswith("after the block beats after the MLP")].iloc[0]
+    assert row.difference == pytest.approx(14 / 40 - 10 / 40) and row.pairs == 1
+    assert found[found.says.str.startswith("after the block beats the attention")].iloc[0].verdict == "no runs yet"
+
+
 def test_the_command_line(tmp_path):
     def steer_nb(*arguments): return subprocess.run([os.path.join(os.path.dirname(sys.executable), "steer_nb"), *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
     done = steer_nb("experiment", "smoke", "--store", tmp_path / "store", "--arms", "lora,post_block_linear")
@@ -288,3 +306,6 @@ def test_the_front_page_shows_what_the_store_says():
     real = experiments.table(preset("small-cpu"), os.path.join(top, "nbs", "store", "small-cpu"))
     real = type(real)(real.frame[real.frame.accuracy.notna()], real.against)
     assert len(real.frame) and real.markdown(["task", "arm", "accuracy", "interval", "difference", "seeds", "trainable", "share"]) in page
+    found = experiments.claims(preset("small-cpu"), os.path.join(top, "nbs", "store", "small-cpu"))
+    assert repr(type(found)(found.frame[found.frame.verdict != "no runs yet"])) in page
+    assert bench.markdown(bench.Bench.load(os.path.join(top, "nbs", "store", "bench", "smollm2-135m-sst2.json")).targets) in page

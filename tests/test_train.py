@@ -100,6 +100,24 @@ def test_two_processes_together_are_one(script, tmp_path):
         assert all(abs(a["loss"] - b["loss"]) < 1e-9 for a, b in zip(points, points2, strict=True))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux lets a process forget its peak")
+def test_the_peak_of_memory_is_of_this_run():
+    "600 MiB that were there before and are gone do not count; the same that a run takes for a moment do."
+    code = TOY + '''
+def gone(): torch.ones(600 * 2 ** 18)
+peaks = []
+for during in (False, True):
+    gone()
+    model = tiny()
+    steer(model, SteeringConfig(rank=4))
+    if during: model.register_forward_pre_hook(lambda *_: gone())
+    peaks.append(fit(model, tokenizer, toy, TrainConfig(max_steps=2)).peak_memory)
+print(*peaks)
+'''
+    before, during = map(float, python("-c", code, ACCELERATE_USE_CPU="true").stdout.split())
+    assert 550 < during - before < 700, (before, during)
+
+
 def test_a_launcher_with_another_precision(tmp_path):
     code = TOY + '''
 model = tiny()
