@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -128,26 +129,34 @@ def claimed(store: Store, key: str, stale: float = STALE) -> Iterator[bool]:
     "Whether this process may do what `key` names; while it does, nobody else may."
     folder = store.folder / "claims"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / key
-    if not _take(path, stale):
+    path, owner = folder / key, uuid.uuid4().hex
+    if not _take(path, owner, stale):
         yield False
         return
     done = threading.Event()
     def beat():
         while not done.wait(BEAT):
-            try: os.utime(path)
-            except OSError: return               # it was taken over, or the folder is gone
+            if not _held(path, owner, os.utime): return
     threading.Thread(target=beat, daemon=True).start()
     try: yield True
     finally:
         done.set()
-        path.unlink(missing_ok=True)
+        _held(path, owner, os.unlink)
 
-def _take(path: Path, stale: float) -> bool:
+def _held(path: Path, owner: str, act: Callable[[Path], None]) -> bool:
+    "Whether a claim is still this owner's, who may have been asleep while another took it over; if so, do something to it."
+    with FileLock(path.parent.parent / ".lock"):
+        try:
+            if path.read_text() != owner: return False
+            act(path)
+            return True
+        except OSError: return False                     # it was taken over and given back, or the folder is gone
+
+def _take(path: Path, owner: str, stale: float) -> bool:
     "Make the claim file, in place of a stale one; False if another process holds it. One process at a time looks."
     with FileLock(path.parent.parent / ".lock"):
         probe = path.with_name(f"{path.name}.probe")
-        probe.touch()                                    # its time is that of the file system, which machines share
+        probe.write_text(owner)                          # its time is that of the file system, which machines share
         try: free = not path.exists() or probe.stat().st_mtime - path.stat().st_mtime >= stale
         except FileNotFoundError: free = True            # it was given back meanwhile
         if free: os.replace(probe, path)
@@ -319,7 +328,7 @@ def _train(store: Store, spec: Spec) -> tuple:
     while True:
         if halved.exists():
             config = TrainConfig(**spec.training)
-            training |= {"batch_size": max(1, config.batch_size // 2), "accumulation_steps": 2 * config.accumulation_steps}
+            training |= {"batch_size": config.batch_size // 2, "accumulation_steps": 2 * config.accumulation_steps}
             notes = [f"out of memory with batch_size {config.batch_size}: {training['batch_size']}, and {training['accumulation_steps']} passes a step"]
         gc.collect()                                     # the model of the run before, so that the peak of memory is of this one
         model, tokenizer = load_bed(spec.model)
@@ -327,7 +336,7 @@ def _train(store: Store, spec: Spec) -> tuple:
         try: run = fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training), output=folder, overwrite=True)
         except OutputError as error: raise ExperimentError(f"{error}: make room and start again, nothing that was recorded is lost") from error
         except torch.OutOfMemoryError:
-            if halved.exists(): raise
+            if halved.exists() or TrainConfig(**training).batch_size % 2: raise        # two halves have to be the whole again
             folder.mkdir(parents=True, exist_ok=True)
             halved.touch()                               # remembered, so that a training with half a batch goes on as one
             del model, method
@@ -394,6 +403,14 @@ def _changes(old: dict, new: dict) -> list[str]:
     found += [f"the budget of {label!r} was {budgets[0].get(label, {})!r}, now {budgets[1].get(label, {})!r}" for label in old["tasks"] if budgets[0].get(label, {}) != budgets[1].get(label, {})]
     return found
 
+def _may_be_done_again(experiment: Experiment, store: Store) -> list[dict]:
+    "What failed, apart from sweeps whose arm was tested since: another selection would score test twice."
+    records = store.records()
+    tested = {record["id"] for record in records if record["kind"] == "test"}
+    settled = {experiment.spec(*cell, rate, seed).id for cell in experiment.cells() for seed in experiment.sweep_seeds
+               if any(test["id"] in tested for test in _tests(experiment, records, *cell)[1]) for rate in select(experiment, {r["id"]: r for r in records if r["kind"] == "run"}, *cell).rates}
+    return [record for record in records if record.get("status") == "failed" and not (record["kind"] == "run" and record["id"] in settled)]
+
 def run_grid(
     experiment: Experiment,
     store: Store | str | os.PathLike,
@@ -408,8 +425,7 @@ def run_grid(
     store = store if isinstance(store, Store) else Store(store)
     if join_processes().is_main_process:
         _check_definition(experiment, store)
-        for record in store.records() if again else ():
-            if record.get("status") == "failed": store.append({"kind": "again", "id": record["id"], "of": [record["kind"], record["id"]]})
+        for record in _may_be_done_again(experiment, store) if again else (): store.append({"kind": "again", "id": record["id"], "of": [record["kind"], record["id"]]})
     if processes > 1: _spread(experiment, store, processes, say)
     else: _work(experiment, store, say, poll)
     return store
@@ -506,11 +522,14 @@ def _matrix(records: Sequence[dict]) -> np.ndarray:
     return np.array([[digit == "1" for digit in record["correct"]] for record in records], dtype=float)
 
 def _draws(right: np.ndarray, seed: int = 0) -> np.ndarray:
-    "The mean of each draw of rows and columns with replacement: (DRAWS,)."
-    chance, (rows, columns) = np.random.default_rng(seed), right.shape
-    seeds = chance.multinomial(rows, np.full(rows, 1 / rows), DRAWS) / rows
-    examples = chance.multinomial(columns, np.full(columns, 1 / columns), DRAWS) / columns
-    return np.einsum("bs,se,be->b", seeds, right, examples, optimize=True)
+    "The mean over seeds and examples, (seeds, n), as chance could have had it: (DRAWS,)."
+    chance, (seeds, n) = np.random.default_rng(seed), right.shape
+    draws = chance.multinomial(n, np.full(n, 1 / n), DRAWS) / n @ right.mean(0)
+    if seeds == 1: return draws
+    by_seed, by_example = right.mean(1, keepdims=True), right.mean(0, keepdims=True)
+    rest = ((right - by_seed - by_example + right.mean()) ** 2).sum() / ((seeds - 1) * max(1, n - 1))        # mean squares, two-way
+    beyond = max(0.0, by_seed.var(ddof=1) - rest / n) / seeds
+    return draws + chance.standard_t(seeds - 1, DRAWS) * beyond ** 0.5
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
     "The middle 95 %."
@@ -656,7 +675,7 @@ class Claim:
 
 _KINDS = ("vector", "linear", "nonlinear")
 CLAIMS = (
-    Claim("C1", "after the block beats after the MLP, at equal parameters", tuple(f"post_block_{kind}" for kind in _KINDS), tuple(f"mlp_{kind}" for kind in _KINDS)),
+    Claim("C1", "after the block beats after the MLP, at equal parameters", tuple(f"post_block_{kind}" for kind in _KINDS[1:]), tuple(f"mlp_{kind}" for kind in _KINDS[1:])),    # vectors are the same at both (T7)
     Claim("C1", "after the block beats the attention's output, at equal parameters", tuple(f"post_block_{kind}" for kind in _KINDS), tuple(f"attn_{kind}" for kind in _KINDS)),
     Claim("C2", "post-block linear is within 0.9 points of full fine-tuning", ("post_block_linear",), ("full",), -0.009),
     Claim("C3", "post-block linear beats LoReFT (rank 8 each)", ("post_block_linear",), ("loreft",)),

@@ -1109,7 +1109,11 @@ def lora_model(
     if type(rank) is not int or rank < 1: raise TrainError(f"the rank is a whole number from 1, not {rank!r}")
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))): raise TrainError(f"alpha is a number or None, not {alpha!r}")
     if not isinstance(targets, (str, list, tuple)) or not all(isinstance(one, str) for one in targets): raise TrainError(f"targets are names of linear layers, or 'all-linear', not {targets!r}")
-    targets = list(linear_layers(model)) if targets == "all-linear" else targets        # PEFT's own list forgets layers of some models
+    known = list(linear_layers(model))
+    targets = known if targets == "all-linear" else targets        # PEFT's own list forgets layers of some models
+    for target in [targets] if isinstance(targets, str) else targets:         # PEFT complains only if none of them is there
+        if not any(path == target or path.endswith(f".{target}") for path, _ in model.named_modules()):
+            raise TrainError(f"the model has no module {target!r}{nearest(target, [path.rpartition('.')[2] for path in known])}")
     config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=0.0, use_dora=dora,
                         target_modules=[targets] if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM")
     return _seeded(seed, lambda: get_peft_model(model, config))

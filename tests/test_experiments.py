@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,7 +161,7 @@ def test_of_many_that_see_a_stale_claim_one_takes_it(tmp_path):
         path = tmp_path / "claims" / f"run-{number}"
         path.touch()
         os.utime(path, (1, 1))
-        with ThreadPoolExecutor(8) as pool: took = list(pool.map(lambda _: experiments._take(path, 60.0), range(8)))
+        with ThreadPoolExecutor(8) as pool: took = list(pool.map(lambda _: experiments._take(path, str(_), 60.0), range(8)))
         assert sum(took) == 1, took
     assert sorted(p.name for p in store.folder.joinpath("claims").iterdir()) == sorted(f"run-{number}" for number in range(20))
 
@@ -173,6 +174,45 @@ def test_a_live_claim_is_respected_and_its_heart_beats(tmp_path, monkeypatch):
         for _ in range(8):                                       # longer than it takes to go stale
             time.sleep(0.15)
             with experiments.claimed(store, "a", stale=0.5) as again: assert not again
+
+
+def test_a_sleeper_touches_no_claim_that_another_has_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "BEAT", 3600.0)                # asleep
+    store = Store(tmp_path)
+    with experiments.claimed(store, "a") as first:
+        assert first
+        os.utime(tmp_path / "claims" / "a", (1, 1))                 # for a long time
+        second = experiments.claimed(store, "a")
+        assert second.__enter__()
+        before = (tmp_path / "claims" / "a").read_text()
+    assert (tmp_path / "claims" / "a").read_text() == before         # the sleeper woke, and gave back nothing
+    with experiments.claimed(store, "a") as third: assert not third
+    second.__exit__(None, None, None)
+    assert not (tmp_path / "claims" / "a").exists()
+
+
+@pytest.mark.parametrize("seeds, spread", [(3, 0.0), (3, 0.03), (5, 0.03), (5, 0.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds, spread):
+    "Of 400 experiments with known truth: right or wrong by the difficulty of the example and the luck of the seed. Three standard errors of 95 % are 3.3 points."
+    chance, hits = np.random.default_rng(0), 0
+    for number in range(400):
+        rates = 0.1 + 0.8 * chance.beta(1.5, 0.5, 300)[None] + chance.normal(0, spread, (seeds, 1))
+        right = (chance.random((seeds, 300)) < rates).astype(float)
+        low, high = experiments._interval(experiments._draws(right, number))
+        hits += low <= 0.7 <= high
+    assert 0.90 <= hits / 400 <= 0.985, hits / 400
+
+
+def test_what_failed_is_not_done_again_where_test_was_scored(whole):
+    "Another rate would be selected then, and test scored twice."
+    records = Store(whole).records()
+    sweep = next(r for r in records if r["kind"] == "run" and r["spec"]["method"] == "post_block_linear" and r["id"] not in {t["id"] for t in records if t["kind"] == "test"})
+    class Changed(Store):
+        def records(self): return [{**r, "status": "failed"} if r["kind"] == "run" and r["id"] == sweep["id"] else r for r in records if keep(r)]
+    keep = lambda record: True
+    assert experiments._may_be_done_again(GRID, Changed(whole)) == []
+    keep = lambda record: record["kind"] != "test"
+    assert [r["id"] for r in experiments._may_be_done_again(GRID, Changed(whole))] == [sweep["id"]]
 
 
 def test_a_test_without_its_training_trains_again(whole, tmp_path):
@@ -243,6 +283,9 @@ def test_without_room_the_batch_is_halved_once(tmp_path, monkeypatch):
     small, calls[:] = 4, []
     record = do(Store(tmp_path / "never"), Job("run", spec), 16)
     assert calls == [(16, 1), (8, 2)] and record["status"] == "failed" and "OutOfMemoryError" in record["error"]
+    small, calls[:] = 0, []
+    record = do(Store(tmp_path / "odd"), Job("run", replace(spec, training={**spec.training, "batch_size": 15})), 16)
+    assert calls == [(15, 1)] and record["status"] == "failed"            # 7 and 7 would be another training
 
 
 def test_a_definition_may_grow_but_not_change(whole):

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from steer_nb.train import TrainError, lora_model
+
 TOY = '''
 import random, sys, warnings
 import torch
@@ -98,6 +100,15 @@ def test_two_processes_together_are_one(script, tmp_path):
     assert [point["tokens"] for point in curve] == [point["tokens"] for point in curve2]
     for points, points2 in ((curve, curve2), (validation, validation2)):      # float64, summed in another order
         assert all(abs(a["loss"] - b["loss"]) < 1e-9 for a, b in zip(points, points2, strict=True))
+
+
+@pytest.mark.parametrize("targets", ["down_porj", ["q_proj", "down_porj"]])
+def test_a_misspelt_target_is_refused_also_among_right_ones(targets):
+    "PEFT alone trains q_proj then, and says nothing."
+    space = {}
+    exec(TOY, space)
+    with pytest.raises(TrainError, match="no module 'down_porj'; did you mean 'down_proj'"): lora_model(space["tiny"](), 2, targets)
+    assert lora_model(space["tiny"](), 2, ["q_proj", "model.layers.1.mlp.down_proj"]) is not None
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux lets a process forget its peak")
