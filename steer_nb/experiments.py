@@ -405,10 +405,11 @@ def _changes(old: dict, new: dict) -> list[str]:
 
 def _may_be_done_again(experiment: Experiment, store: Store) -> list[dict]:
     "What failed, apart from sweeps whose arm was tested since: another selection would score test twice."
-    records = store.records()
-    tested = {record["id"] for record in records if record["kind"] == "test"}
-    settled = {experiment.spec(*cell, rate, seed).id for cell in experiment.cells() for seed in experiment.sweep_seeds
-               if any(test["id"] in tested for test in _tests(experiment, records, *cell)[1]) for rate in select(experiment, {r["id"]: r for r in records if r["kind"] == "run"}, *cell).rates}
+    records, settled = store.records(), set()
+    runs, tested = {record["id"]: record for record in records if record["kind"] == "run"}, {record["id"] for record in records if record["kind"] == "test"}
+    for cell in experiment.cells():
+        of = lambda seeds: {experiment.spec(*cell, rate, seed).id for rate in select(experiment, runs, *cell).rates for seed in seeds}
+        if of(experiment.seeds) & tested: settled |= of(experiment.sweep_seeds)
     return [record for record in records if record.get("status") == "failed" and not (record["kind"] == "run" and record["id"] in settled)]
 
 def run_grid(
