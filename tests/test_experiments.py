@@ -83,7 +83,7 @@ def test_two_processes_share_a_grid(whole, tmp_path):
 
 def test_ctrl_c_in_a_terminal_lets_the_workers_end_their_step(tmp_path):
     "It reaches the parent and its workers at once. What was being trained has a checkpoint then, and the claims are free."
-    process = start(tmp_path / "grid", 2, "LONG", tmp_path=tmp_path, start_new_session=True)
+    process = start(tmp_path / "grid", 2, "LONG", tmp_path=tmp_path, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell starts background jobs deaf to it
     while not list((tmp_path / "grid").glob("trained/*/checkpoints")) and process.poll() is None: time.sleep(0.01)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
