@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from hashlib import sha256
 from html import escape
 from io import StringIO
@@ -66,7 +65,7 @@ class TrainError(ValueError):
     "A training that cannot be made as asked, or that broke on the way."
 
 class OutputError(TrainError):
-    "A checkpoint, or what was trained, cannot be written: that says nothing about the training."
+    "A checkpoint, or what was trained, cannot be written or read: that says nothing about the training."
 
 # %% ../nbs/22_train.ipynb #483796ec
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}   # our names, transformers' names
@@ -660,13 +659,14 @@ def _precision(config: TrainConfig, accelerator: Accelerator) -> str:
 
 # %% ../nbs/22_train.ipynb #737c46f9
 def join_processes() -> PartialState:
-    "Who this process is among those that a launcher started; the first call decides, and asks of the environment what `Accelerator` would ask."
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if state.num_processes > 1: _part_at_exit()
-    return state
+    """Who this process is among those that a launcher started; the first call decides, and asks of the environment what `Accelerator` would ask.
 
-@cache
-def _part_at_exit() -> None: atexit.register(_part)
+    `TrainError` if there are others, and they cannot be reached."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
+        raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true")
+    if state.num_processes > 1: atexit.register(_part)
+    return state
 
 def _part() -> None:
     if distributed.is_initialized() and distributed.get_backend() == "gloo":
@@ -1062,8 +1062,6 @@ def fit(
     if not splits["train"]: raise TrainError(f"{task.name} has no training examples: load it with n_train=1 or more")
     join_processes()
     accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
-        raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, and each sees only itself: without GPUs, set ACCELERATE_USE_CPU=true")
     _forget_peak(accelerator.device)
     keeper = None if folder is None else _Keeper(folder, checkpoint_every, _identity(method, task, splits, config), accelerator)
     found = _take_up(keeper, overwrite, restart)
