@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=["steer_nb"],
+    package_data={"steer_nb": ["*.safetensors"]},
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
     extras_require={"dev": project["dev_requirements"].split()},

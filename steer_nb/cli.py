@@ -281,6 +281,7 @@ def experiment(
     processes: Annotated[int, typer.Option(min=1, help="On this machine, each with its share of the cores.")] = 1,
     against: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Try again what failed.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="At the end train each arm once more, alone, for its seconds and its peak memory.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say every run, its parameters and its estimated cost, and do nothing.")] = False,
 ):
     "Compare methods: learning rates chosen on validation, test touched once, and a store that resumes."
@@ -296,6 +297,7 @@ def experiment(
         typer.echo(f"{len(cost):,} runs, {cost.operations.sum():.1e} operations, {cost.hours.sum():,.1f} hours of an H100 at {experiments.UTILISATION:.0%} of its peak")
         return
     done = experiments.run_grid(chosen, store or Path("runs") / name, processes, say=typer.echo, again=again)
+    if costs: experiments.measure_costs(chosen, done, say=typer.echo)
     typer.echo(experiments.table(chosen, done, against or ("lora" if "lora" in chosen.arms else next(iter(chosen.arms)))))
 
 def _some(words: str | None, known, what: str) -> list[str]:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'BEAT', 'STALE', 'LISTOPS', 'BED', 'BEDS', 'LARGE', 'GRACE', 'DRAWS', 'CLAIMS', 'FULL', 'WEIGHTS', 'SHIFTS',
-           'PRESETS', 'TOKENS', 'EXAMPLES', 'ExperimentError', 'Spec', 'Store', 'claimed', 'Arm', 'Experiment', 'Job',
-           'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base', 'load_bed', 'do', 'run_grid', 'Table',
-           'table', 'Verdict', 'settle', 'Claim', 'Claims', 'claims', 'keep_claim', 'preset', 'dry_run']
+           'PRESETS', 'TOKENS', 'ROWS', 'ExperimentError', 'Spec', 'Store', 'claimed', 'Arm', 'Experiment', 'Job',
+           'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base', 'train_listops_base', 'load_bed',
+           'trained', 'do', 'run_grid', 'Table', 'measured', 'measure_costs', 'table', 'selected_runs', 'Verdict',
+           'settle', 'Claim', 'Claims', 'claims', 'preset', 'dry_run']
 
 # %% ../nbs/30_experiments.ipynb #d78193ae
 import gc
@@ -15,13 +16,17 @@ import inspect
 import json
 import os
 import shutil
+import signal
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from multiprocessing import get_context
+from importlib.resources import files
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +34,18 @@ import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
+from safetensors.torch import load, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .assets import AssetError, _keep, _workshop, cache_folder, load_model
+from .assets import AssetError, load_model
 from .evaluate import evaluate
 from .methods import METHODS, apply_method, load_method, method_row, method_size
 from .scale import GPUS, SHAPES, UTILISATION, bare_model
 from .sites import nearest
-from .tasks import OPERATORS, TASKS, Task, load_task
-from .train import METHOD_FILE, METHOD_FOLDER, OutputError, TrainConfig, fit, join_processes
+from .tasks import LISTOPS_SIZES, OPERATORS, SHARES, TASKS, Task, load_task
+from .train import METHOD_FILE, METHOD_FOLDER, Method, OutputError, TrainConfig, fit, join_processes
 
 # %% ../nbs/30_experiments.ipynb #1c2072de
 class ExperimentError(ValueError):
@@ -276,22 +282,18 @@ LISTOPS = {"name": "listops", "length": 12, "depth": 2, "max_args": 4, "n_valida
 BED = {"task": {**LISTOPS, "operators": ("MIN", "MAX", "SM"), "n_train": 40_000}, "training": {"lr": 2e-3, "epochs": 7, "batch_size": 64, "max_steps": 4000, "schedule": "cosine"}}
 
 def listops_base() -> tuple[nn.Module, PreTrainedTokenizerFast]:
-    "The small model that knows MIN, MAX and SM; trained the first time (minutes), read from the cache afterwards."
-    kept = cache_folder() / "tuned" / f"listops-llama-{hashlib.sha256(_canonical(BED).encode()).hexdigest()[:12]}"
-    if not kept.exists():
-        with _workshop(kept.name) as folder:
-            if not kept.exists():
-                model, tokenizer = _small_llama(4, 128, 384, "listops-llama")
-                unfinished = cache_folder() / "unfinished" / kept.name
-                run = fit(model.requires_grad_(True), tokenizer, load_task(**BED["task"]), TrainConfig(**BED["training"]), output=unfinished, overwrite=True)
-                if run.stopped: raise KeyboardInterrupt
-                model.save_pretrained(folder / "copy")
-                run.save(folder / "copy" / "run.json")
-                _keep(folder / "copy", kept)
-                shutil.rmtree(unfinished)
-    model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).eval()
-    model.config._name_or_path = model.name_or_path = "listops-llama"
-    return model, symbol_tokenizer()
+    "The small model that knows MIN, MAX and SM, from the package; its revision is the digest of the file."
+    file = files("steer_nb").joinpath("listops_llama.safetensors").read_bytes()
+    model, tokenizer = _small_llama(4, 128, 384, "listops-llama")
+    model.load_state_dict({name: tensor.float() for name, tensor in load(file).items()}, strict=False)      # the tied head is in it once
+    model.config._commit_hash = hashlib.sha256(file).hexdigest()
+    return model, tokenizer
+
+def train_listops_base(path: str | os.PathLike) -> None:
+    "How that model was made (minutes on a CPU): train it and write its parameters in bfloat16. Other machines end with other last bits, and so with another model."
+    model, tokenizer = _small_llama(4, 128, 384, "listops-llama")
+    fit(model.requires_grad_(True), tokenizer, load_task(**BED["task"]), TrainConfig(**BED["training"]))
+    save_model(model.bfloat16(), str(path))
 
 _SIZES = {"listops-llama": (4, 128, 384), "tiny-llama": (2, 32, 64)}     # layers, width, inner width
 BEDS = {"listops-llama": listops_base, "tiny-llama": lambda: _small_llama(2, 32, 64, "tiny-llama")}
@@ -326,7 +328,7 @@ def _train(store: Store, spec: Spec) -> tuple:
     training, folder = dict(spec.training), _trained(store, spec)
     halved, notes = folder / "halved", []
     while True:
-        if halved.exists():
+        if half := halved.exists():
             config = TrainConfig(**spec.training)
             training |= {"batch_size": config.batch_size // 2, "accumulation_steps": 2 * config.accumulation_steps}
             notes = [f"out of memory with batch_size {config.batch_size}: {training['batch_size']}, and {training['accumulation_steps']} passes a step"]
@@ -336,9 +338,10 @@ def _train(store: Store, spec: Spec) -> tuple:
         try: run = fit(method, tokenizer, _task(spec), TrainConfig(lr=spec.lr, seed=spec.seed, **training), output=folder, overwrite=True)
         except OutputError as error: raise ExperimentError(f"{error}: make room and start again, nothing that was recorded is lost") from error
         except torch.OutOfMemoryError:
-            if halved.exists() or TrainConfig(**training).batch_size % 2: raise        # two halves have to be the whole again
+            if half or TrainConfig(**training).batch_size % 2: raise        # two halves have to be the whole again
             folder.mkdir(parents=True, exist_ok=True)
             halved.touch()                               # remembered, so that a training with half a batch goes on as one
+            if join_processes().num_processes > 1: raise ExperimentError(f"a process of several has no room for {spec}: start again, and its batch is halved")     # the others are in the middle of a step
             del model, method
             torch.cuda.empty_cache()
             continue
@@ -354,15 +357,18 @@ def _run(store: Store, spec: Spec, batch_size: int) -> dict:
             "parameters": run.parameters, "seconds": round(sum(run.seconds.values()), 2), "memory": run.peak_memory and round(run.peak_memory),
             "device": run.device, "processes": run.processes, "precision": run.precision, "versions": run.versions, "revision": run.revision, "task": run.fingerprint, "note": note}
 
+def trained(store: Store | str | os.PathLike, spec: Spec) -> tuple[Method, PreTrainedTokenizerBase]:
+    "What a run trained, on its model, and the tokenizer: from the store's folder if it is still there, else trained once more."
+    store = store if isinstance(store, Store) else Store(store)
+    kept = _trained(store, spec) / METHOD_FOLDER
+    if not (kept / METHOD_FILE).exists(): _train(store, spec)
+    model, tokenizer = load_bed(spec.model)
+    return load_method(model, kept), tokenizer
+
 def _test(store: Store, spec: Spec, batch_size: int) -> dict:
     "Score on test, and for a method of several parts each part."
-    model, tokenizer = load_bed(spec.model)
-    if spec.method == "zero_shot": method, parts = model, ()
-    else:
-        kept = _trained(store, spec) / METHOD_FOLDER
-        if not (kept / METHOD_FILE).exists(): _train(store, spec)
-        method = load_method(model, kept)
-        parts = method.parts[1:]
+    method, tokenizer = load_bed(spec.model) if spec.method == "zero_shot" else trained(store, spec)
+    parts = () if spec.method == "zero_shot" else method.parts[1:]
     start, result = time.perf_counter(), evaluate(method, tokenizer, _task(spec), "test", batch_size)
     record = {"accuracy": result.accuracy, "n": result.n, "correct": _bits(result), "task": result.fingerprint, "note": result.note,
               "seconds": round(time.perf_counter() - start, 2)}
@@ -379,8 +385,15 @@ def do(store: Store, job: Job, batch_size: int) -> dict:
     try: return {**record, "status": "done", **(_run if job.kind == "run" else _test)(store, job.spec, batch_size)}
     except (ExperimentError, AssetError): raise    # of the store or of a model that is not there: that says nothing about the method
     except Exception as error:
+        several = join_processes().num_processes > 1      # a refusal is the same in all of them; else one may have failed while the others wait for it
+        if several and not isinstance(error, (ValueError, torch.OutOfMemoryError)):
+            raise ExperimentError(f"the processes did not get through {job.spec} together ({type(error).__name__}: {error}): nothing is recorded, since one of them may have died; start again to go on") from error
         if job.kind == "run": shutil.rmtree(_trained(store, job.spec), ignore_errors=True)       # its checkpoints would lead there again
-        return {**record, "status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+        if several and isinstance(error, torch.OutOfMemoryError):
+            store.append(record)
+            raise ExperimentError(f"a process of several has no room for {job.spec}, with half a batch either: recorded as failed; start again to go on with the rest") from error
+        return record
 
 # %% ../nbs/30_experiments.ipynb #14a5996a
 def _describe(experiment: Experiment) -> dict: return json.loads(_canonical(asdict(experiment)))
@@ -484,7 +497,7 @@ def _work(experiment: Experiment, store: Store, say: Callable | None, poll: floa
 def _progress(experiment: Experiment, store: Store, job: Job, record: dict, seconds: list[float]) -> str:
     "One line about a finished job, and how long the rest may take."
     records = store.records()
-    done = sum(one["kind"] != "experiment" for one in records)
+    done = sum(one["kind"] in ("run", "test") for one in records)
     left = len(plan(experiment, records))
     chosen = sum(select(experiment, {one["id"]: one for one in records if one["kind"] == "run"}, *cell).missing != () for cell in experiment.cells())
     left += chosen * len(experiment.seeds)                  # tests that cannot be planned yet
@@ -496,7 +509,13 @@ def _worker(experiment: Experiment, folder: str, threads: int, say: bool) -> Non
     "A process of `run_grid(processes=…)`."
     torch.set_num_threads(threads)
     os.environ.setdefault("TQDM_DISABLE", "1")
+    threading.Thread(target=_follow, daemon=True).start()
     _work(experiment, Store(folder), print if say else None, 2.0)
+
+def _follow() -> None:
+    "When the process that began this one is gone, end the step, write a checkpoint, and go too."
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 GRACE = 30.0      # seconds to end a step in
 
@@ -534,7 +553,7 @@ def _draws(right: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:
     "The middle 95 %."
-    return tuple(float(value) for value in np.quantile(draws, (0.025, 0.975)))
+    return tuple(round(float(value), 12) for value in np.quantile(draws, (0.025, 0.975)))      # 1e-18 is not above 0
 
 def _tests(experiment: Experiment, records: Sequence[dict], model: str, task: str, arm: str) -> tuple[Selection, list[dict]]:
     "What was selected, and the test records of the seeds that are there. An arm can be a part of one: 'joint:weights'."
@@ -557,7 +576,7 @@ class Table:
 
     def markdown(self, columns: Sequence[str] | None = None) -> str:
         "The table as Markdown."
-        usual = ("model", "task", "arm", "accuracy", "interval", "difference", "difference_interval", "n", "seeds", "lr", "trainable", "share", "seconds", "memory")
+        usual = ("model", "task", "split", "arm", "accuracy", "interval", "difference", "difference_interval", "n", "seeds", "lr", "trainable", "share", "seconds", "memory")
         shown = self.frame[list(columns or [name for name in usual if name in self.frame])]
         lines = [list(shown.columns), ["---"] * len(shown.columns), *[[_shown(value, name) for name, value in row.items()] for _, row in shown.iterrows()]]
         if "edge" in self.frame and "lr" in shown: lines = [line if not edge else [f"{cell} (edge)" if name == "lr" else cell for name, cell in zip(shown.columns, line)]
@@ -586,27 +605,67 @@ def _shown(value, name: str) -> str:
     if name == "seconds": return f"{value:.1f}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
+# %% ../nbs/30_experiments.ipynb #51cd0ea6
+def _measurement_id(name: str, settings: dict) -> str: return hashlib.sha256(_canonical([name, settings]).encode()).hexdigest()[:16]
+
+def _measurement(records: Sequence[dict], name: str, settings: dict) -> dict | None:
+    "The values, or None."
+    return next((record["values"] for record in records if record["kind"] == "measurement" and record["id"] == _measurement_id(name, settings)), None)
+
+def measured(
+    store: Store | str | os.PathLike,
+    name: str,
+    settings: dict,                         # all that decides the values: other settings are another measurement
+    make: Callable[[], dict],               # measures, and returns plain data
+) -> dict:
+    "The values of this measurement: those that the store has, or else those of `make()`, which it then has."
+    store = store if isinstance(store, Store) else Store(store)
+    if (values := _measurement(store.records(), name, settings)) is None:
+        values = json.loads(_canonical(make()))
+        store.append({"kind": "measurement", "id": _measurement_id(name, settings), "name": name, "settings": settings, "values": values, "date": time.strftime("%Y-%m-%d", time.gmtime())})
+    return values
+
+def measure_costs(experiment: Experiment, store: Store | str | os.PathLike, say: Callable[[str], None] | None = print) -> None:
+    "Train every arm that is complete once more at its rate, alone in a process, and keep the seconds and the peak memory (MiB)."
+    store = store if isinstance(store, Store) else Store(store)
+    for cell in experiment.cells():
+        if not (runs := selected_runs(experiment, store, *cell)): continue
+        spec = runs[0]
+        def alone() -> dict:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(_cost_of, spec, torch.get_num_threads()).result()
+        cost = measured(store, "cost", {"spec": spec.id}, alone)
+        if say: say(f"{spec}: {cost['seconds']:.1f} s, {cost['memory'] or 0:,} MiB")
+
+def _cost_of(spec: Spec, threads: int) -> dict:
+    "In a process of its own: what a training takes, its validation included."
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder: _, _, run, _ = _train(Store(folder), spec)
+    return {"seconds": round(sum(run.seconds.values()), 2), "memory": run.peak_memory and round(run.peak_memory), "device": run.device}
+
 # %% ../nbs/30_experiments.ipynb #c3d9aded
 def table(
     experiment: Experiment,
     store: Store | str | os.PathLike,
     against: str = "lora",                 # the arm to compare with, on the same examples and seeds
+    arms: Sequence[str] | None = None,     # the rows; None: all. "joint:weights" is a half of a joint method, alone
 ) -> Table:
     "The results as far as they are there; `seeds` says how many of how many. Raises `ExperimentError` if there is no arm `against`."
     store = store if isinstance(store, Store) else Store(store)
-    if against not in ("zero_shot", *experiment.arms): raise ExperimentError(f"no arm {against!r}: there are {', '.join(experiment.arms)}{nearest(against, experiment.arms)}")
+    rows_of = ("zero_shot", *experiment.arms)
+    for arm in (against, *(arms or ())):
+        if arm.partition(":")[0] not in rows_of: raise ExperimentError(f"no arm {arm!r}: there are {', '.join(rows_of)}{nearest(arm, rows_of)}")
     records, rows = store.records(), []
     for model in experiment.models:
         for task in experiment.tasks:
             _, base = _tests(experiment, records, model, task, against)
-            for arm in ("zero_shot", *experiment.arms): rows.append(_row(experiment, records, model, task, arm, base))
+            for arm in arms or rows_of: rows.append(_row(experiment, records, model, task, arm, base))
     return Table(pd.DataFrame(rows), against)
 
 def _row(experiment: Experiment, records: list[dict], model: str, task: str, arm: str, base: list[dict]) -> dict:
     "One row of the table."
     chosen, tests = _tests(experiment, records, model, task, arm)
     wanted = 1 if arm == "zero_shot" else len(experiment.seeds)
-    row = {"model": model, "task": task, "arm": arm, "accuracy": None, "interval": None, "difference": None, "difference_interval": None, "n": None,
+    row = {"model": model, "task": task, "split": "test", "arm": arm, "accuracy": None, "interval": None, "difference": None, "difference_interval": None, "n": None,
            "seeds": f"{len(tests)} of {wanted}" if len(tests) < wanted else str(wanted), "lr": chosen.lr, "edge": chosen.edge, "validation": chosen.accuracy,
            "trainable": None, "share": None, "seconds": None, "memory": None, "device": None}
     if chosen.failed: row["seeds"] = "failed"
@@ -617,7 +676,13 @@ def _row(experiment: Experiment, records: list[dict], model: str, task: str, arm
     runs = [record for record in records if record["kind"] == "run" and record["status"] == "done" and record["id"] in {test["id"] for test in tests}]
     if runs: row |= {"trainable": runs[0]["trainable"], "share": runs[0]["trainable"] / runs[0]["parameters"], "seconds": float(np.median([run["seconds"] for run in runs])),
                      "memory": max((run["memory"] or 0 for run in runs)) or None, "device": runs[0]["device"]}
+    if cost := _measurement(records, "cost", {"spec": tests[0]["id"]}): row |= cost
     return row
+
+def selected_runs(experiment: Experiment, store: Store | str | os.PathLike, model: str, task: str, arm: str) -> list[Spec]:
+    "The runs of an arm that were scored on test: the rate that validation chose, with each seed."
+    records = (store if isinstance(store, Store) else Store(store)).records()
+    return [Spec(**test["spec"]) for test in _tests(experiment, records, model, task, arm)[1]]
 
 def _paired(tests: list[dict], others: list[dict]) -> np.ndarray | None:
     "Right or wrong, minus the same of others, by seed and example; the model as it is goes with every seed."
@@ -660,19 +725,40 @@ def settle(
             if whole: gaps.append(np.mean(np.broadcast_arrays(*map(_matrix, sides[0])), 0) - np.mean(np.broadcast_arrays(*map(_matrix, sides[1])), 0))
     if not gaps: return Verdict(claim, None, None, "undecided", 0)
     draws = np.mean([_draws(gap, number) for number, gap in enumerate(gaps)], 0)
-    low, high = _interval(draws)
-    verdict = "reproduced" if low > margin else "contradicted" if high < margin else "undecided"
-    return Verdict(claim, float(np.mean([gap.mean() for gap in gaps])), (low, high), verdict, len(gaps))
+    interval = _interval(draws)
+    return Verdict(claim, float(np.mean([gap.mean() for gap in gaps])), interval, _word(interval, margin), len(gaps))
+
+def _word(interval: tuple[float, float], margin: float, above: bool = True) -> str:
+    "The verdict on a claim that something is above the margin, or below it."
+    yes, no = interval[0] > margin, interval[1] < margin
+    return "undecided" if not (yes or no) else "reproduced" if yes == above else "contradicted"
 
 # %% ../nbs/30_experiments.ipynb #2dca6f21
 @dataclass(frozen=True)
 class Claim:
-    "A claim of the paper as a comparison of arms."
+    "A claim of the paper: a comparison of arms, or something measured that lies above a margin."
     name: str
     text: str
-    better: tuple[str, ...]
-    worse: tuple[str, ...]
+    better: tuple[str, ...] = ()
+    worse: tuple[str, ...] = ()
     margin: float = 0.0
+    above: bool = True                    # False: the claim is that it lies below
+    measurement: str = ""                 # for what is not a comparison of arms: the name that `measured` knows it by
+    read: Callable[[dict], np.ndarray] | None = None      # its values by repetition and unit, (seeds, n): what the interval is over
+
+def _bit_rows(rows: Sequence[str]) -> np.ndarray:
+    "Right or wrong by seed and example, of strings of 1 and 0."
+    return _matrix([{"correct": row} for row in rows])
+
+def _apart(values: dict) -> np.ndarray:
+    """By how many degrees more the two halves of a run are apart than either half is from the same half of another run, seed by seed: (seeds, 1).
+
+    `angles` are mean principal angles, (blocks, 2 seeds, 2 seeds): first the weight halves of all seeds, then the activation halves."""
+    angles = np.array(values["angles"]).mean(0)
+    seeds = len(angles) // 2
+    other = ~np.eye(seeds, dtype=bool)
+    same = [np.array([half[seed][other[seed]].mean() for seed in range(seeds)]) for half in (angles[:seeds, :seeds], angles[seeds:, seeds:])]
+    return (np.diagonal(angles[:seeds, seeds:]) - np.max(same, 0))[:, None]
 
 _KINDS = ("vector", "linear", "nonlinear")
 CLAIMS = (
@@ -680,12 +766,16 @@ CLAIMS = (
     Claim("C1", "after the block beats the attention's output, at equal parameters", tuple(f"post_block_{kind}" for kind in _KINDS), tuple(f"attn_{kind}" for kind in _KINDS)),
     Claim("C2", "post-block linear is within 0.9 points of full fine-tuning", ("post_block_linear",), ("full",), -0.009),
     Claim("C3", "post-block linear beats LoReFT (rank 8 each)", ("post_block_linear",), ("loreft",)),
-    Claim("C3", "a post-block vector beats LoFiT", ("post_block_vector",), ("lofit",)),
-    Claim("C3", "post-block linear beats JoLA", ("post_block_linear",), ("jola",)),
+    Claim("C3", "a post-block vector beats LoFiT on all heads, at equal parameters", ("post_block_vector",), ("lofit_all",)),
+    Claim("C3", "post-block linear of rank 1 beats JoLA, at equal parameters", ("post_block_linear_rank1",), ("jola",)),
     Claim("C3", "post-block linear beats LoRA, with fewer parameters", ("post_block_linear",), ("lora",)),
     Claim("C4", "linear does better than nonlinear on small models", ("post_block_linear",), ("post_block_nonlinear",)),
+    Claim("C5", "oracle shifts are close to low rank: 8 of 128 directions hold 80 % of their variance", margin=0.8, measurement="oracle", read=lambda values: np.array(values["top"]).mean(1, keepdims=True)),
+    Claim("C5", "the best linear map to them is no better than LoReFT, within 0.9 points", margin=0.009, above=False, measurement="oracle", read=lambda values: _bit_rows(values["oracle"]) - _bit_rows(values["loreft"])),
+    *(Claim("C6", f"the MLP is 40 % of the norm or more, mean over layers ({model})", margin=0.4, measurement=f"MLP share, {model}", read=lambda values: np.array(values["shares"]).mean(1)[None]) for model in ("smollm2-135m", "gemma3-270m")),
     Claim("C7", "both halves together do more than the weight half alone", ("joint",), ("joint:weights",)),
     Claim("C7", "both halves together do more than the activation half alone", ("joint",), ("joint:activations",)),
+    Claim("C7", "the halves of one run shift more different directions than either half does in two runs (degrees)", measurement="halves", read=_apart),
     Claim("C8", "joint training beats LoRA alone", ("joint",), ("lora",)),
     Claim("C8", "joint training beats post-block linear alone", ("joint",), ("post_block_linear",)),
 )
@@ -699,6 +789,10 @@ class Claims:
         "Those of some names, such as C1."
         return Claims(self.frame[self.frame.claim.isin(names)])
 
+    def settled(self) -> "Claims":
+        "Those that have runs."
+        return Claims(self.frame[self.frame.verdict != "no runs yet"])
+
     def __repr__(self) -> str:
         lines = ["| claim | says | verdict | value | 95 % interval |", "| --- | --- | --- | --- | --- |"]
         for row in self.frame.itertuples():
@@ -710,28 +804,24 @@ class Claims:
 
 def claims(experiment: Experiment, store: Store | str | os.PathLike) -> Claims:
     "Each claim with its difference, interval and verdict, of those of its pairs that are among the arms; a claim without its runs says so."
+    store = store if isinstance(store, Store) else Store(store)
     rows = []
     for claim in CLAIMS:
         pairs = [pair for pair in zip(claim.better, claim.worse) if all(arm.partition(":")[0] in experiment.arms for arm in pair)]
-        found = settle(claim.text, experiment, store, *zip(*pairs), claim.margin) if pairs else Verdict(claim.text, None, None, "undecided", 0)
+        if claim.measurement: found = _settle_measured(claim, store)
+        else: found = settle(claim.text, experiment, store, *zip(*pairs), claim.margin) if pairs else Verdict(claim.text, None, None, "undecided", 0)
         low, high = found.interval or (None, None)
         rows.append({"claim": claim.name, "says": claim.text, "verdict": found.verdict if found.interval else "no runs yet", "difference": found.difference, "low": low, "high": high, "pairs": found.pairs})
-    measured = {}
-    for record in (store if isinstance(store, Store) else Store(store)).records():
-        if record["kind"] == "claim": measured[record["says"]] = {name: record[name] for name in ("claim", "says", "verdict", "difference", "low", "high", "pairs")}    # the latest
-    return Claims(pd.DataFrame([*rows, *measured.values()]).sort_values("claim", kind="stable", ignore_index=True))
+    return Claims(pd.DataFrame(rows))
 
-def keep_claim(store: Store | str | os.PathLike, claim: str, says: str, values: np.ndarray, margin: float = 0.0, above: bool = True) -> Verdict:
-    """Settle a claim that is not a comparison of arms, and keep it in the store.
+def _settle_measured(claim: Claim, store: Store) -> Verdict:
+    "Whether what was measured, the last time under this name, is above or below the margin."
+    found = [record["values"] for record in store.records() if record["kind"] == "measurement" and record["name"] == claim.measurement]
+    if not found: return Verdict(claim.text, None, None, "undecided", 0)
+    values = claim.read(found[-1])
+    interval = _interval(_draws(values))
+    return Verdict(claim.text, float(values.mean()), interval, _word(interval, claim.margin, claim.above), 1)
 
-    `values` are measurements by repetition and unit, (repetitions, units): seeds and examples, or models and layers. The claim is that
-    their mean is above the margin (or below it)."""
-    low, high = _interval(_draws(values))
-    yes, no = low > margin, high < margin
-    verdict = "undecided" if not (yes or no) else "reproduced" if yes == above else "contradicted"
-    row = {"claim": claim, "says": says, "verdict": verdict, "difference": float(values.mean()), "low": low, "high": high, "pairs": 1}
-    (store if isinstance(store, Store) else Store(store)).append({"kind": "claim", "id": hashlib.sha256(_canonical(row).encode()).hexdigest()[:16], **row})
-    return Verdict(f"{claim}: {says}", row["difference"], (low, high), verdict, 1)
 
 # %% ../nbs/30_experiments.ipynb #749983e2
 FULL, WEIGHTS, SHIFTS = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), (2e-3, 5e-3, 1e-2, 2e-2, 5e-2)    # of a small model
@@ -745,6 +835,7 @@ def _bed_rates(name: str) -> Sequence[float]:
 
 _FIRST = ("full", "lora", "post_block_linear", "loreft", "joint", *(f"{place}_{kind}" for kind in ("linear", "vector", "nonlinear") for place in ("post_block", "mlp", "attn")), "lofit", "jola")
 _ORDER = tuple(dict.fromkeys((*_FIRST, *METHODS)))          # what the claims speak of comes before the others
+_MATCHED = {"post_block_linear_rank1": Arm("post_block_linear", SHIFTS, {"rank": 1}), "lofit_all": Arm("lofit", SHIFTS, {"n_heads": 16})}     # JoLA's budget, and the vector's
 _NEW = {**LISTOPS, "operators": ("FIRST", "LAST", "MED"), "n_train": 4000}
 _BED_TRAINING = {"batch_size": 32, "max_steps": 200, "epochs": 2, "evaluations_per_epoch": 2}
 _REAL = {"sst2": {"name": "sst2"}, "boolq": {"name": "boolq"}, "piqa": {"name": "piqa", "n_train": 800, "n_validation": 150, "n_test": 700}, "arc_challenge": {"name": "arc_challenge"},
@@ -759,15 +850,16 @@ def _ranks() -> dict[str, Arm]:
 PRESETS: dict[str, Experiment] = {
     "smoke": Experiment("smoke", ("tiny-llama",), {"listops": {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}},
                         _arms(lambda name: (1e-2,)), {"max_steps": 3, "batch_size": 16}, sweep_seeds=(0,), seeds=(0,)),
-    "listops": Experiment("listops", ("listops-llama",), {"new operators": _NEW}, _arms(_bed_rates, _ORDER), _BED_TRAINING, sweep_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2, 3, 4), batch_size=128),
+    "listops": Experiment("listops", ("listops-llama",), {"new operators": _NEW}, {**_arms(_bed_rates, _ORDER), **_MATCHED}, _BED_TRAINING, sweep_seeds=(0, 1, 2, 3, 4), seeds=(0, 1, 2, 3, 4), batch_size=128),
     "listops-ranks": Experiment("listops-ranks", ("listops-llama",), {"new operators": _NEW}, _ranks(), _BED_TRAINING, sweep_seeds=(0,), seeds=(0, 1, 2), batch_size=128),
     "small": Experiment("small", ("smollm2-135m", "gemma3-270m"), _REAL, _arms(lambda name: METHODS[name].rates), {"batch_size": 16, "epochs": 2}),
     "small-cpu": Experiment("small-cpu", ("smollm2-135m",), {"sst2": {"name": "sst2", "n_train": 256, "n_validation": 89, "n_test": 300}, "listops": {**_REAL["listops"], "n_train": 512, "n_test": 300, "n_validation": 100}},
                             _arms(lambda name: METHODS[name].rates[1:4], _CPU), {"batch_size": 16, "epochs": 2}, batch_size=32),
     "paper": Experiment("paper", ("meta-llama/Llama-3.2-1B", "google/gemma-3-1b-pt", "google/gemma-3-4b-pt", "meta-llama/Meta-Llama-3-8B"),
-                        {**{name: {"name": name, "source": "hub"} for name in ("boolq", "winogrande", "arc_challenge", "gsm8k")},
+                        {**{name: {"name": name, "source": "hub"} for name in ("boolq", "winogrande", "arc_challenge", "gsm8k", "aqua")},
                          **{f"listops-{length}": {"name": "listops", "length": length} for length in (32, 64, 128)}},
-                        _arms(lambda name: METHODS[name].rates), {"batch_size": 16, "epochs": 1}, budgets={"gsm8k": {"epochs": 3}}),
+                        {**_arms(lambda name: METHODS[name].rates), "post_block_linear_rank1": Arm("post_block_linear", METHODS["post_block_linear"].rates, {"rank": 1})},
+                        {"batch_size": 16, "epochs": 1}, budgets={"gsm8k": {"epochs": 3}}),
 }
 
 def preset(name: str) -> Experiment:
@@ -776,8 +868,9 @@ def preset(name: str) -> Experiment:
     return PRESETS[name]
 
 # %% ../nbs/30_experiments.ipynb #888a4792
-TOKENS = {"sst2": 30, "boolq": 150, "piqa": 45, "arc_challenge": 50, "winogrande": 45, "gsm8k": 260, "listops": 40}     # of an example with its choices, roughly
-EXAMPLES = {"boolq": (9427, 3270), "winogrande": (9248, 1267), "arc_challenge": (1119, 1471), "gsm8k": (7473, 1319)}     # of the Hub's splits: training, the rest
+TOKENS = {"sst2": 30, "boolq": 150, "piqa": 45, "arc_challenge": 50, "winogrande": 45, "gsm8k": 260, "aqua": 90, "listops": 40}     # of an example with its choices, roughly
+ROWS = {"sst2": (67_349, 872), "boolq": (9427, 3270), "winogrande": (9248, 1267), "arc_challenge": (1119, 299, 1172), "piqa": (16_113, 1838), "gsm8k": (7473, 1319), "aqua": (97_467, 254, 254)}     # on the Hub: training, and the splits that are evaluated on
+
 def _bare(name: str) -> nn.Module:
     "The model without storage: from its published shape, or from its bed."
     if name in _SIZES: return _small_llama(*_SIZES[name], name)[0]
@@ -786,8 +879,13 @@ def _bare(name: str) -> nn.Module:
 
 def _example_counts(task: dict) -> tuple[int, int, int]:
     "Training, validation and test examples of a task, without loading it."
-    train, rest = EXAMPLES.get(task["name"], (2000, 1200))
-    return task.get("n_train", train), task.get("n_validation", rest // 5), task.get("n_test", rest - rest // 5)
+    if task["name"] == "listops": counts = LISTOPS_SIZES.values()
+    else:
+        train, *held = ROWS[task["name"]]
+        if task.get("source") != "hub": counts = (round(sum(held) * share) for share in SHARES.values())
+        elif (share := TASKS[task["name"]].hub.validation_share) is None: counts = train, *held
+        else: counts = train, round(held[0] * share), held[0] - round(held[0] * share)
+    return tuple(task.get(f"n_{split}") or count for split, count in zip(SHARES, counts))
 
 def dry_run(experiment: Experiment) -> pd.DataFrame:
     """Every run, with its parameters and its estimated cost in operations and in hours of one H100; nothing is loaded or fetched.

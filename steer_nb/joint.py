@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTNERS', 'PROJECTIONS', 'JointError', 'JointConfig', 'last_projections', 'column_basis', 'without', 'bases',
-           'project', 'overlap', 'Joint', 'unharmed', 'joint', 'Halves', 'halves']
+           'project', 'give_way', 'overlap', 'Joint', 'unharmed', 'joint', 'Halves', 'halves']
 
 # %% ../nbs/24_joint.ipynb #9aa28a02
 import warnings
@@ -40,10 +40,10 @@ class JointConfig:
     weight_layers: str | Sequence[int] = "all"    # of "full": the blocks whose weights are trained
     kind: str = "linear"                   # the steering after each block: linear or nonlinear, which read a subspace
     rank: int = 8                          # of the steering
-    project: str = "steps"                 # when D is projected: one of `PROJECTIONS`
+    project: str = "steps"                 # when D is projected, or the weights give way to a D that rests: one of `PROJECTIONS`
     every: int = 1                         # of "steps": each so many steps; of "once": after this step
     penalty: float = 1.0                   # of "penalty": nats per unit of the sum over blocks of ‖D V‖²
-    momentum: bool = True                  # whether the optimizer's momentum of D is projected with it
+    momentum: bool = True                  # whether the optimizer's momentum is projected with it
     weights_lr: float = 0.2                # relative to `TrainConfig.lr`
     activations_lr: float = 1.0            # likewise
     weights_schedule: str | None = None    # one of `train.SCHEDULES`; None: that of the training
@@ -127,22 +127,38 @@ def _written(method: "Joint", layer: int) -> torch.Tensor:
     """A matrix whose columns span what the weight half adds to the stream at the end of this block: (hidden, rank).
 
     Of DoRA its low-rank part, of fully trained weights the leading directions; what a following norm rescales is left out."""
+    written, factors = _update(method, layer), _factors(method, layer)
+    if method.config.weights == "full":
+        with torch.random.fork_rng([written.device] if written.is_cuda else []):
+            torch.manual_seed(0)                         # the same start each time: what was projected away stays the same
+            U, S, _ = torch.svd_lowrank(written, q=min(method.config.weight_rank, *written.shape), niter=8)
+        written = U * S
+    return (written if factors is None else written * factors.to(written)[:, None]).detach()
+
+def _writer(method: "Joint", layer: int) -> nn.Parameter:
+    "The parameter by which the weight half writes: LoRA's B, or the last projection's weight itself."
+    module, _ = method.writers[layer]
+    return module.weight if method.config.weights == "full" else module.lora_B[module.active_adapters[0]].weight
+
+def _upright(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    "The weight of a module, or something of its shape, as (hidden, …); and back."
+    return tensor.mT if isinstance(module, Conv1D) else tensor
+
+def _update(method: "Joint", layer: int) -> torch.Tensor:
+    "LoRA's B, or what training has added to the weight: (hidden, …)."
+    parameter = _writer(method, layer)
+    if method.config.weights != "full": return parameter
+    name = next(name for name, one in method.weights.items() if one is parameter)
+    return _upright(method.writers[layer][0], parameter - method.start[name].to(parameter.device))
+
+def _factors(method: "Joint", layer: int) -> torch.Tensor | None:
+    "What each row of the update is multiplied by on its way to the stream: by DoRA, and by a following norm's gain: (hidden,); None for ones."
     module, norm = method.writers[layer]
     gain = _gain(norm)
-    if method.config.weights == "full":
-        name = next(name for name, parameter in method.weights.items() if parameter is module.weight)
-        update = module.weight - method.start[name].to(module.weight.device)
-        update = update.T if isinstance(module, Conv1D) else update
-        with torch.random.fork_rng([update.device] if update.is_cuda else []):
-            torch.manual_seed(0)                         # the same start each time: what was projected away stays the same
-            U, S, _ = torch.svd_lowrank(update, q=min(method.config.weight_rank, *update.shape), niter=8)
-        written = U * S
-    else:
-        adapter = module.active_adapters[0]
-        written = module.lora_B[adapter].weight
-        magnitude = getattr(module, "lora_magnitude_vector", {})
-        if adapter in magnitude: written = written * (magnitude[adapter].weight / _dora_norm(module, adapter))[:, None]
-    return (written if gain is None else written * gain.to(written.device, written.dtype)[:, None]).detach()
+    if method.config.weights != "dora": return gain
+    adapter = module.active_adapters[0]
+    factors = module.lora_magnitude_vector[adapter].weight / _dora_norm(module, adapter)
+    return factors if gain is None else factors * gain.to(factors)
 
 def _dora_norm(module: nn.Module, adapter: str) -> torch.Tensor:
     "The norm of each row of W + s B A: (out,)."
@@ -174,6 +190,24 @@ def project(method: "Joint", optimizer: torch.optim.Optimizer | None = None) -> 
         if len(tensors) != len(readings): continue
         new = without(torch.stack([tensor.to(V.device, V.dtype) for tensor in tensors]), V)
         for tensor, projected in zip(tensors, new): tensor.copy_(projected)
+
+@torch.no_grad()
+def give_way(method: "Joint", optimizer: torch.optim.Optimizer | None = None) -> None:
+    """The other way round: make what the weight half writes in each block orthogonal to D, and its momentum too if there is an optimizer. D stays.
+
+    Of fully trained weights all of the update, not only its leading directions."""
+    for layer, (module, _) in method.writers.items():
+        parameter, D = _writer(method, layer), method.steering.adapters[Site(layer, "block")].down
+        if not _update(method, layer).any(): continue
+        method.projected = True
+        for _ in range(30 if method.config.weights == "dora" else 1):     # DoRA's norm moves with B: again, until B stays
+            factors = _factors(method, layer)
+            Q = column_basis((D if factors is None else D * factors.to(D)).mT.to(parameter.device))
+            read = Q @ (Q.mT @ _update(method, layer).to(Q.dtype))
+            parameter.copy_(parameter - _upright(module, read))
+            if read.norm() < 1e-7 * parameter.norm(): break
+        moment = None if optimizer is None else optimizer.state.get(parameter, {}).get("exp_avg")
+        if moment is not None: moment.copy_(moment - _upright(module, Q @ (Q.mT @ _upright(module, moment).to(Q.dtype))))
 
 def overlap(method: "Joint") -> dict[int, float]:
     "By layer, ‖D V‖ / ‖D‖: 0 where the steering reads nothing of what `bases` has, at most 1."
@@ -243,11 +277,14 @@ class Joint(Method):
         return self.config.penalty * sum((adapters[Site(layer, "block")].down.to(V) @ V).square().sum() for layer, V in bases(self).items())
 
     def after_step(self, step: int, ends_epoch: bool, optimizer: torch.optim.Optimizer) -> None:
-        "Project, if it is time and the steering does not rest. `once` is the first step from `every` on at which the weights write something."
-        if optimizer.param_groups[1]["lr"] == 0: return
+        """Project, if it is time. `once` is the first step from `every` on at which the weights write something.
+
+        A steering that rests does not move: once it has been trained the weight half gives way instead, before that there is nothing to keep apart."""
+        weights_rest, rests = (group["lr"] == 0 for group in optimizer.param_groups)
+        if rests and (weights_rest or not any(adapter.up.any() for adapter in self.steering.adapters.values())): return
         every = self.config.every
         due = {"steps": step % every == 0, "once": step >= every and not self.projected, "epoch": ends_epoch}.get(self.config.project, False)
-        if due: project(self, optimizer if self.config.momentum else None)
+        if due: (give_way if rests else project)(self, optimizer if self.config.momentum else None)
 
     @contextmanager
     def only(self, part: str) -> Iterator[None]:
@@ -309,6 +346,7 @@ class Halves:
     rows: list[dict]     # a block: layer, weights and activations (‖shift‖ / ‖h‖), cosine, angles (degrees), interaction
     rank: int            # of the subspaces that the angles are between
     tokens: int          # that it was measured on
+    directions: dict     # (layer, "weights" or "activations"): the leading directions of that half's shift, (hidden, rank), orthonormal
 
     def frame(self) -> pd.DataFrame:
         "One row a block; of the angles the smallest and the mean."
@@ -335,10 +373,11 @@ def halves(
                 stack.enter_context(method.only("activations"))
             else: stack.enter_context(method.only(switch))
             streams[switch] = _stream(method.model, batches)
-    rows = [_compare(layer, *(streams[name][layer] for name in ("none", "weights", "activations", "all")), rank) for layer in streams["none"]
+    directions = {}
+    rows = [_compare(layer, *(streams[name][layer] for name in ("none", "weights", "activations", "all")), rank, directions) for layer in streams["none"]
             if not any(torch.equal(streams[part][layer], streams["none"][layer]) for part in ("weights", "activations"))]
     if not rows: raise JointError("one of the halves shifts nothing in any block yet: train first")
-    return Halves(rows, rank, len(streams["none"][0]))
+    return Halves(rows, rank, len(streams["none"][0]), directions)
 
 # %% ../nbs/24_joint.ipynb #67a20277
 def _stream(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
@@ -352,10 +391,11 @@ def _stream(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> 
     model.train(before)
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
-def _compare(layer: int, base: torch.Tensor, weights: torch.Tensor, activations: torch.Tensor, both: torch.Tensor, rank: int) -> dict:
-    "One row of `Halves`; all four are (tokens, hidden)."
+def _compare(layer: int, base: torch.Tensor, weights: torch.Tensor, activations: torch.Tensor, both: torch.Tensor, rank: int, directions: dict) -> dict:
+    "One row of `Halves`; all four are (tokens, hidden). Notes the leading directions."
     w, a, together = weights - base, activations - base, both - base
     leading = [torch.linalg.svd(shift, full_matrices=False).Vh[:rank].T for shift in (w, a)]
+    directions |= zip(((layer, "weights"), (layer, "activations")), leading)
     angles = torch.from_numpy(scipy.linalg.subspace_angles(*(basis.numpy() for basis in leading))).rad2deg()
     return {"layer": layer, "weights": float(w.norm() / base.norm()), "activations": float(a.norm() / base.norm()),
             "cosine": float(nn.functional.cosine_similarity(w, a).mean()), "angles": angles.tolist(),

@@ -1,7 +1,9 @@
 "What does not fit into the notebook of experiments: kills, several processes, a full disk, a GPU without room."
+import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from steer_nb import bench, experiments
-from steer_nb.experiments import Arm, Experiment, ExperimentError, Spec, Store, do, plan, preset, run_grid, Job
+from steer_nb.experiments import Arm, Experiment, ExperimentError, Spec, Store, do, load_bed, plan, preset, run_grid, Job
 
 TASK = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}
 GRID = Experiment("grid", ("tiny-llama",), {"listops": TASK},
@@ -90,6 +92,21 @@ def test_ctrl_c_in_a_terminal_lets_the_workers_end_their_step(tmp_path):
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0, said
     assert list((tmp_path / "grid").glob("trained/*/checkpoints/0*")) and not list((tmp_path / "grid" / "claims").iterdir()), said
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_do_not_outlive_the_process_that_began_them(tmp_path, how):
+    "Whoever stops a grid stops all of it: the workers end their step, write a checkpoint, and give their claims back."
+    process = start(tmp_path / "grid", 2, "LONG", tmp_path=tmp_path, start_new_session=True)
+    try:
+        while len(list((tmp_path / "grid").glob("trained/*/checkpoints"))) < 2 and process.poll() is None: time.sleep(0.01)
+        process.send_signal(how)
+        said, _ = process.communicate(timeout=60)                   # the workers have its output open: it ends when they have ended
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == -how, said
+    assert len(list((tmp_path / "grid").glob("trained/*/checkpoints/0*"))) == 2 and not list((tmp_path / "grid" / "claims").iterdir()), said
 
 
 def test_a_launch_of_two_does_each_run_once_and_together(whole, tmp_path):
@@ -328,10 +345,35 @@ def test_a_claim_is_settled_on_the_pairs_that_are_there(whole):
     assert found[found.says.str.startswith("after the block beats the attention")].iloc[0].verdict == "no runs yet"
 
 
+def test_costs_are_those_of_an_undisturbed_run(whole, tmp_path):
+    "One measurement an arm, kept, and shown in the table in place of what the grid noted."
+    shutil.copy(whole / "runs.jsonl", tmp_path)
+    before, said = experiments.table(GRID, tmp_path).frame.set_index("arm"), []
+    experiments.measure_costs(GRID, tmp_path, said.append)
+    costs = {record["settings"]["spec"]: record["values"] for record in Store(tmp_path).records() if record["kind"] == "measurement"}
+    assert len(costs) == len(said) == 3 and all(cost["seconds"] > 0 and 100 < cost["memory"] < 5000 for cost in costs.values())
+    after = experiments.table(GRID, tmp_path).frame.set_index("arm")
+    for arm in GRID.arms:
+        cost = costs[GRID.spec("tiny-llama", "listops", arm, after.lr[arm], 0).id]
+        assert (after.seconds[arm], after.memory[arm]) == (cost["seconds"], cost["memory"]) and after.seconds[arm] != before.seconds[arm]
+    assert after.drop(columns=["seconds", "memory"]).equals(before.drop(columns=["seconds", "memory"]))
+    experiments.measure_costs(GRID, tmp_path, said.append)
+    assert said[3:] == said[:3] and plan(GRID, Store(tmp_path).records()) == []
+
+
+def test_the_committed_runs_began_from_the_model_in_the_package():
+    "Another base would make other results: the file's digest is in every record."
+    with open(os.path.join(os.path.dirname(experiments.__file__), "listops_llama.safetensors"), "rb") as file: digest = hashlib.sha256(file.read()).hexdigest()
+    assert load_bed("listops-llama")[0].config._commit_hash == digest
+    for name in ("listops", "listops-ranks"):
+        records = Store(os.path.join(os.path.dirname(HERE), "nbs", "store", name)).records()
+        assert {record["revision"] for record in records if record["kind"] == "run" and record["status"] == "done"} == {digest}
+
+
 def test_the_command_line(tmp_path):
     def steer_nb(*arguments): return subprocess.run([os.path.join(os.path.dirname(sys.executable), "steer_nb"), *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
     done = steer_nb("experiment", "smoke", "--store", tmp_path / "store", "--arms", "lora,post_block_linear")
-    assert done.returncode == 0 and "| tiny-llama | listops | post_block_linear |" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "| tiny-llama | listops | test | post_block_linear |" in done.stdout, done.stdout + done.stderr
     planned = steer_nb("experiment", "paper", "--dry-run")
     assert planned.returncode == 0 and "meta-llama/Meta-Llama-3-8B" in planned.stdout and "hours" in planned.stdout
     wrong = steer_nb("experiment", "smok")
@@ -343,12 +385,10 @@ def test_the_front_page_shows_what_the_store_says():
     top = os.path.dirname(HERE)
     with open(os.path.join(top, "README.md"), encoding="utf-8") as file: page = file.read()
     folder, experiment = os.path.join(top, "nbs", "store", "listops"), preset("listops")
-    assert repr(experiments.claims(experiment, folder)) in page
-    results = experiments.table(experiment, folder)
-    assert results.markdown(["arm", "accuracy", "interval", "difference", "seeds", "trainable", "share"]) in page
+    assert repr(experiments.claims(experiment, folder).settled()) in page
+    assert experiments.table(experiment, folder).markdown() in page
     real = experiments.table(preset("small-cpu"), os.path.join(top, "nbs", "store", "small-cpu"))
     real = type(real)(real.frame[real.frame.accuracy.notna()], real.against)
-    assert len(real.frame) and real.markdown(["task", "arm", "accuracy", "interval", "difference", "seeds", "trainable", "share"]) in page
-    found = experiments.claims(preset("small-cpu"), os.path.join(top, "nbs", "store", "small-cpu"))
-    assert repr(type(found)(found.frame[found.frame.verdict != "no runs yet"])) in page
+    assert len(real.frame) and real.markdown() in page
+    assert repr(experiments.claims(preset("small-cpu"), os.path.join(top, "nbs", "store", "small-cpu")).settled()) in page
     assert bench.markdown(bench.Bench.load(os.path.join(top, "nbs", "store", "bench", "smollm2-135m-sst2.json")).targets) in page

