@@ -43,9 +43,9 @@ def tiny(kind="llama"):
 '''
 
 TRAIN = TOY + '''
-import atexit
+import atexit, os
 kind, dtype, folder = sys.argv[1:]
-atexit.register(lambda: print("left alone:", not torch.distributed.is_initialized(), flush=True))     # runs after what `fit` registers
+atexit.register(lambda: os.write(1, f"left alone: {not torch.distributed.is_initialized()}\\n".encode()))     # runs after what `fit` registers; in one piece, since two of them write at once
 model = tiny(kind).to(getattr(torch, dtype))
 attributes = set(vars(model))
 steering = steer(model, SteeringConfig(rank=4, positions="prompt"))
