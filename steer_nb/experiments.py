@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'BEAT', 'STALE', 'LISTOPS', 'BED', 'BEDS', 'LARGE', 'GRACE', 'DRAWS', 'CLAIMS', 'FULL', 'WEIGHTS', 'SHIFTS',
            'PRESETS', 'TOKENS', 'ROWS', 'ExperimentError', 'Spec', 'Store', 'claimed', 'Arm', 'Experiment', 'Job',
            'Selection', 'select', 'plan', 'symbol_tokenizer', 'listops_base', 'train_listops_base', 'load_bed',
-           'trained', 'do', 'run_grid', 'Table', 'measured', 'measure_costs', 'table', 'selected_runs', 'Verdict',
+           'trained', 'do', 'run_grid', 'measured', 'Table', 'table', 'selected_runs', 'measure_costs', 'Verdict',
            'settle', 'Claim', 'Claims', 'claims', 'preset', 'dry_run']
 
 # %% ../nbs/30_experiments.ipynb #d78193ae
@@ -290,7 +290,7 @@ def listops_base() -> tuple[nn.Module, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 def train_listops_base(path: str | os.PathLike) -> None:
-    "How that model was made (minutes on a CPU): train it and write its parameters in bfloat16. Other machines end with other last bits, and so with another model."
+    "How that model was made (minutes on a CPU): train it and write its parameters in bfloat16. It will not be the same model to the bit."
     model, tokenizer = _small_llama(4, 128, 384, "listops-llama")
     fit(model.requires_grad_(True), tokenizer, load_task(**BED["task"]), TrainConfig(**BED["training"]))
     save_model(model.bfloat16(), str(path))
@@ -534,6 +534,26 @@ def _spread(experiment: Experiment, store: Store, processes: int, say: Callable 
     if any(worker.exitcode for worker in workers):
         raise ExperimentError(f"{sum(bool(worker.exitcode) for worker in workers)} of {processes} processes ended early: what they did is in the store; start again to go on")
 
+# %% ../nbs/30_experiments.ipynb #51cd0ea6
+def _measurement_id(name: str, settings: dict) -> str: return hashlib.sha256(_canonical([name, settings]).encode()).hexdigest()[:16]
+
+def _measurement(records: Sequence[dict], name: str, settings: dict) -> dict | None:
+    "The values, or None."
+    return next((record["values"] for record in records if record["kind"] == "measurement" and record["id"] == _measurement_id(name, settings)), None)
+
+def measured(
+    store: Store | str | os.PathLike,
+    name: str,
+    settings: dict,                         # all that decides the values: other settings are another measurement
+    make: Callable[[], dict],               # measures, and returns plain data
+) -> dict:
+    "The values of this measurement: those that the store has, or else those of `make()`, which it then has."
+    store = store if isinstance(store, Store) else Store(store)
+    if (values := _measurement(store.records(), name, settings)) is None:
+        values = json.loads(_canonical(make()))
+        store.append({"kind": "measurement", "id": _measurement_id(name, settings), "name": name, "settings": settings, "values": values, "date": time.strftime("%Y-%m-%d", time.gmtime())})
+    return values
+
 # %% ../nbs/30_experiments.ipynb #7e05df11
 DRAWS = 2000
 
@@ -605,43 +625,6 @@ def _shown(value, name: str) -> str:
     if name == "seconds": return f"{value:.1f}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/30_experiments.ipynb #51cd0ea6
-def _measurement_id(name: str, settings: dict) -> str: return hashlib.sha256(_canonical([name, settings]).encode()).hexdigest()[:16]
-
-def _measurement(records: Sequence[dict], name: str, settings: dict) -> dict | None:
-    "The values, or None."
-    return next((record["values"] for record in records if record["kind"] == "measurement" and record["id"] == _measurement_id(name, settings)), None)
-
-def measured(
-    store: Store | str | os.PathLike,
-    name: str,
-    settings: dict,                         # all that decides the values: other settings are another measurement
-    make: Callable[[], dict],               # measures, and returns plain data
-) -> dict:
-    "The values of this measurement: those that the store has, or else those of `make()`, which it then has."
-    store = store if isinstance(store, Store) else Store(store)
-    if (values := _measurement(store.records(), name, settings)) is None:
-        values = json.loads(_canonical(make()))
-        store.append({"kind": "measurement", "id": _measurement_id(name, settings), "name": name, "settings": settings, "values": values, "date": time.strftime("%Y-%m-%d", time.gmtime())})
-    return values
-
-def measure_costs(experiment: Experiment, store: Store | str | os.PathLike, say: Callable[[str], None] | None = print) -> None:
-    "Train every arm that is complete once more at its rate, alone in a process, and keep the seconds and the peak memory (MiB)."
-    store = store if isinstance(store, Store) else Store(store)
-    for cell in experiment.cells():
-        if not (runs := selected_runs(experiment, store, *cell)): continue
-        spec = runs[0]
-        def alone() -> dict:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(_cost_of, spec, torch.get_num_threads()).result()
-        cost = measured(store, "cost", {"spec": spec.id}, alone)
-        if say: say(f"{spec}: {cost['seconds']:.1f} s, {cost['memory'] or 0:,} MiB")
-
-def _cost_of(spec: Spec, threads: int) -> dict:
-    "In a process of its own: what a training takes, its validation included."
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder: _, _, run, _ = _train(Store(folder), spec)
-    return {"seconds": round(sum(run.seconds.values()), 2), "memory": run.peak_memory and round(run.peak_memory), "device": run.device}
-
 # %% ../nbs/30_experiments.ipynb #c3d9aded
 def table(
     experiment: Experiment,
@@ -692,6 +675,25 @@ def _paired(tests: list[dict], others: list[dict]) -> np.ndarray | None:
     if tests and tests[0]["spec"]["method"] == "zero_shot": mine = {seed: tests[0] for seed in its}
     seeds = sorted(mine.keys() & its.keys())
     return _matrix([mine[seed] for seed in seeds]) - _matrix([its[seed] for seed in seeds]) if seeds else None
+
+# %% ../nbs/30_experiments.ipynb #0b7aeeb5
+def measure_costs(experiment: Experiment, store: Store | str | os.PathLike, say: Callable[[str], None] | None = print) -> None:
+    "Train every arm that is complete once more at its rate, alone in a process, and keep the seconds and the peak memory (MiB). Not under a launcher of several processes."
+    if join_processes().num_processes > 1: raise ExperimentError("costs are those of one process alone: measure them without a launcher")
+    store = store if isinstance(store, Store) else Store(store)
+    for cell in experiment.cells():
+        if not (runs := selected_runs(experiment, store, *cell)): continue
+        spec = runs[0]
+        def alone() -> dict:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(_cost_of, spec, torch.get_num_threads()).result()
+        cost = measured(store, "cost", {"spec": spec.id}, alone)
+        if say: say(f"{spec}: {cost['seconds']:.1f} s, {cost['memory'] or 0:,} MiB")
+
+def _cost_of(spec: Spec, threads: int) -> dict:
+    "In a process of its own: what a training takes, its validation included."
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder: _, _, run, _ = _train(Store(folder), spec)
+    return {"seconds": round(sum(run.seconds.values()), 2), "memory": run.peak_memory and round(run.peak_memory), "device": run.device}
 
 # %% ../nbs/30_experiments.ipynb #5bb5fdb1
 @dataclass(frozen=True)

@@ -373,11 +373,11 @@ def halves(
                 stack.enter_context(method.only("activations"))
             else: stack.enter_context(method.only(switch))
             streams[switch] = _stream(method.model, batches)
-    directions = {}
-    rows = [_compare(layer, *(streams[name][layer] for name in ("none", "weights", "activations", "all")), rank, directions) for layer in streams["none"]
-            if not any(torch.equal(streams[part][layer], streams["none"][layer]) for part in ("weights", "activations"))]
-    if not rows: raise JointError("one of the halves shifts nothing in any block yet: train first")
-    return Halves(rows, rank, len(streams["none"][0]), directions)
+    found = [_compare(layer, *(streams[name][layer] for name in ("none", "weights", "activations", "all")), rank) for layer in streams["none"]
+             if not any(torch.equal(streams[part][layer], streams["none"][layer]) for part in ("weights", "activations"))]
+    if not found: raise JointError("one of the halves shifts nothing in any block yet: train first")
+    rows, directions = zip(*found)
+    return Halves(list(rows), rank, len(streams["none"][0]), {place: basis for own in directions for place, basis in own.items()})
 
 # %% ../nbs/24_joint.ipynb #67a20277
 def _stream(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
@@ -391,12 +391,12 @@ def _stream(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> 
     model.train(before)
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
-def _compare(layer: int, base: torch.Tensor, weights: torch.Tensor, activations: torch.Tensor, both: torch.Tensor, rank: int, directions: dict) -> dict:
-    "One row of `Halves`; all four are (tokens, hidden). Notes the leading directions."
+def _compare(layer: int, base: torch.Tensor, weights: torch.Tensor, activations: torch.Tensor, both: torch.Tensor, rank: int) -> tuple[dict, dict]:
+    "One row of `Halves`, and its directions; all four are (tokens, hidden)."
     w, a, together = weights - base, activations - base, both - base
     leading = [torch.linalg.svd(shift, full_matrices=False).Vh[:rank].T for shift in (w, a)]
-    directions |= zip(((layer, "weights"), (layer, "activations")), leading)
     angles = torch.from_numpy(scipy.linalg.subspace_angles(*(basis.numpy() for basis in leading))).rad2deg()
-    return {"layer": layer, "weights": float(w.norm() / base.norm()), "activations": float(a.norm() / base.norm()),
+    row = {"layer": layer, "weights": float(w.norm() / base.norm()), "activations": float(a.norm() / base.norm()),
             "cosine": float(nn.functional.cosine_similarity(w, a).mean()), "angles": angles.tolist(),
             "interaction": float((together - w - a).norm() / together.norm())}
+    return row, dict(zip(((layer, "weights"), (layer, "activations")), leading))

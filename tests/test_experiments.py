@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from steer_nb import bench, experiments
 from steer_nb.experiments import Arm, Experiment, ExperimentError, Spec, Store, do, load_bed, plan, preset, run_grid, Job
@@ -370,10 +371,18 @@ def test_the_committed_runs_began_from_the_model_in_the_package():
         assert {record["revision"] for record in records if record["kind"] == "run" and record["status"] == "done"} == {digest}
 
 
+def test_the_base_can_be_trained_and_has_the_shape_of_the_one_in_the_package(tmp_path, monkeypatch):
+    "Three steps of it; what is written is read as the package's file is."
+    monkeypatch.setitem(experiments.BED, "training", {**experiments.BED["training"], "max_steps": 3})
+    experiments.train_listops_base(tmp_path / "base.safetensors")
+    made, kept = (load_file(path) for path in (tmp_path / "base.safetensors", os.path.join(os.path.dirname(experiments.__file__), "listops_llama.safetensors")))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in made.items()} == {name: (tensor.shape, tensor.dtype) for name, tensor in kept.items()}
+
+
 def test_the_command_line(tmp_path):
     def steer_nb(*arguments): return subprocess.run([os.path.join(os.path.dirname(sys.executable), "steer_nb"), *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True)
-    done = steer_nb("experiment", "smoke", "--store", tmp_path / "store", "--arms", "lora,post_block_linear")
-    assert done.returncode == 0 and "| tiny-llama | listops | test | post_block_linear |" in done.stdout, done.stdout + done.stderr
+    done = steer_nb("experiment", "smoke", "--store", tmp_path / "store", "--arms", "lora,post_block_linear", "--costs")
+    assert done.returncode == 0 and done.stdout.count(" MiB\n") == 2 and "| tiny-llama | listops | test | post_block_linear |" in done.stdout, done.stdout + done.stderr
     planned = steer_nb("experiment", "paper", "--dry-run")
     assert planned.returncode == 0 and "meta-llama/Meta-Llama-3-8B" in planned.stdout and "hours" in planned.stdout
     wrong = steer_nb("experiment", "smok")

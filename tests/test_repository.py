@@ -307,6 +307,11 @@ def test_an_old_python_is_refused(tmp_path):
         assert not (tmp_path / "venv").exists()
 
 
+def test_no_notebook_keeps_the_state_of_widgets():
+    "Progress bars write it, hundreds of kilobytes that nobody sees."
+    assert [name_of(path) for path in NOTEBOOKS if "widgets" in read(path).metadata] == []
+
+
 def test_no_large_file():
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")
