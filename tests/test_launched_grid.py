@@ -1,4 +1,4 @@
-"""A grid by two real processes (gloo) of which one has no room, or dies: the others do not wait for ever, and nothing false is recorded."""
+"""A grid by two real processes (gloo) of which one has no room, or dies, or both fail alike: none waits for ever, and nothing false is recorded."""
 import json
 
 import pytest
@@ -16,10 +16,11 @@ logging.disable_progress_bar()
 asked = json.loads(sys.argv[1])
 own = experiments.fit
 def fit(method, tokenizer, task, config, **folder):
-    "The second process fails in the middle of its third pass: without room, while its batch is larger than it may be; or for good."
+    "In the third pass both processes fail, or the second: without room, while its batch is larger than it may be; or for good."
     passes = []
     def hook(*_):
         passes.append(1)
+        if len(passes) == 3 and method.name == asked.get("broken"): raise RuntimeError(f"a defect, seen by process {os.environ['RANK']}")
         if os.environ.get("RANK") != "1" or len(passes) < 3 or not torch.is_grad_enabled(): return
         if config.batch_size > asked.get("room", 16): raise torch.OutOfMemoryError("CUDA out of memory")
         if asked.get("dies"): os._exit(9)
@@ -27,7 +28,7 @@ def fit(method, tokenizer, task, config, **folder):
     return own(method, tokenizer, task, config, **folder)
 experiments.fit = fit
 task = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}
-grid = Experiment("grid", ("tiny-llama",), {"listops": task}, {"linear": Arm("post_block_linear", (1e-2,))}, {"max_steps": 4, "batch_size": 16}, sweep_seeds=(0,), seeds=(0,))
+grid = Experiment("grid", ("tiny-llama",), {"listops": task}, {name: Arm(name, (1e-2,)) for name in asked.get("arms", ["post_block_linear"])}, {"max_steps": 4, "batch_size": 16}, sweep_seeds=(0,), seeds=(0,))
 run_grid(grid, asked["folder"], say=None)
 '''
 
@@ -75,3 +76,11 @@ def test_a_process_that_dies_counts_against_no_method(worker, tmp_path):
     assert runs(tmp_path) == []
     codes, errors = run(worker, tmp_path)
     assert codes == [0, 0] and runs(tmp_path)[0]["status"] == "done", errors
+
+
+def test_what_fails_alike_in_all_processes_is_recorded_and_the_grid_goes_on(worker, tmp_path):
+    codes, errors = run(worker, tmp_path, broken="post_block_linear", arms=["post_block_linear", "post_block_vector"])
+    assert codes == [0, 0], errors
+    records = {(record["kind"], record["spec"]["method"]): record for record in Store(tmp_path).records() if "spec" in record}
+    assert records["run", "post_block_linear"]["error"] == "RuntimeError: a defect, seen by process 0"
+    assert records["test", "post_block_vector"]["status"] == "done" and ("test", "post_block_linear") not in records
