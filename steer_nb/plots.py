@@ -150,9 +150,9 @@ def plot_sizes(
     trained = frame[frame.trainable.notna()]
     if trained.empty: raise ValueError(f"the table has no results on {task!r} yet")
     ax = _axes(ax, 8, 5)
-    lowest, highest = trained.accuracy.min(), trained.accuracy.max()
+    shown = [*frame.accuracy, *(end for interval in trained.interval for end in interval)]
     for _, close in trained.groupby(np.log2(trained.trainable.astype(float)).round()):        # arms of about one size: their labels one below the other
-        heights = _apart(close.accuracy, max(highest - lowest, 0.05) / 26)
+        heights = _apart(close.accuracy, max(max(shown) - min(shown), 0.05) / 34)       # 34 lines of such labels fit
         for arm, size, accuracy, (low, high), height in zip(close.arm, close.trainable, close.accuracy, close.interval, heights):
             ax.errorbar(size, accuracy, [[accuracy - low], [high - accuracy]], fmt="o", color=COLOURS[_place(arm)], elinewidth=0.6)
             ax.annotate(arm, (size, accuracy), xytext=(size * 1.25, height), fontsize=7, va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray"})
