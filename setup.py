@@ -1,8 +1,9 @@
 "Packaging reads settings.ini, so that every fact about the project stands in one place."
+
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -20,10 +21,13 @@ setup(
     url=project["git_url"],
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["steer_nb"],
-    package_data={"steer_nb": ["*.safetensors"]},
+    packages=find_packages(include=["steer_nb*"]),
+    package_data={"steer_nb.experiments": ["*.safetensors"]},
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
-    extras_require={"dev": project["dev_requirements"].split()},
+    extras_require={
+        "dev": project["dev_requirements"].split(),
+        "ray": project["ray_requirements"].split(),
+    },
     entry_points={"console_scripts": [project["console_scripts"]]},
 )

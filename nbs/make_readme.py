@@ -3,6 +3,7 @@
 Cells marked `#| hide` are left out, nbdev's other directives are stripped, text that code printed becomes a fenced block, and
 figures become files in nbs/images/. Links are written in the notebook as seen from nbs/, and in the README as seen from the top.
 """
+
 import posixpath
 import re
 from pathlib import Path
@@ -25,7 +26,13 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {% block stream %}{{ fenced(output.text) }}{% endblock stream %}
 {% block data_text scoped %}{{ fenced(output.data['text/plain']) }}{% endblock data_text %}
 """
-SHOWN = ["text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]   # the first that an output has
+SHOWN = [
+    "text/markdown",
+    "image/svg+xml",
+    "image/png",
+    "image/jpeg",
+    "text/plain",
+]  # the first that an output has
 
 
 def directives(source: str) -> set[str]:
@@ -35,20 +42,28 @@ def directives(source: str) -> set[str]:
 
 def from_the_top(source: str) -> str:
     "The text with its relative links as seen from the top of the repository; what is no file of ours stays as it is."
+
     def link(match):
         path = posixpath.normpath(posixpath.join(NBS.name, match[1]))
         return f"]({path}{match[2] or ''})" if (ROOT / path).exists() else match[0]
+
     return re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", link, source)
 
 
 def front_page(notebook: Path) -> nbformat.NotebookNode:
     "The notebook as the README shows it."
     page = nbformat.read(notebook, as_version=4)
-    page.metadata["language_info"] = {"name": "python"}          # the fences of code cells say so
-    page.cells = [cell for cell in page.cells if cell.cell_type != "raw" and "hide" not in directives(cell.source)]
+    page.metadata["language_info"] = {"name": "python"}  # the fences of code cells say so
+    page.cells = [
+        cell
+        for cell in page.cells
+        if cell.cell_type != "raw" and "hide" not in directives(cell.source)
+    ]
     for cell in page.cells:
-        if cell.cell_type == "markdown": cell.source = from_the_top(cell.source)
-        else: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip()
+        if cell.cell_type == "markdown":
+            cell.source = from_the_top(cell.source)
+        else:
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip()
     return page
 
 
@@ -56,15 +71,20 @@ def readme(notebook: Path = NBS / "index.ipynb") -> tuple[str, dict[str, bytes]]
     "The text of README.md, and its figures: path from the top of the repository -> bytes."
     config = Config({"NbConvertBase": {"display_data_priority": SHOWN}})
     exporter = MarkdownExporter(config=config, raw_template=TEMPLATE)
-    text, resources = exporter.from_notebook_node(front_page(notebook), {"unique_key": notebook.stem, "output_files_dir": IMAGES})
-    text = re.sub(r"\n([ \t]*\n){2,}", "\n\n", text).strip()      # the template leaves runs of empty lines
+    text, resources = exporter.from_notebook_node(
+        front_page(notebook), {"unique_key": notebook.stem, "output_files_dir": IMAGES}
+    )
+    text = re.sub(
+        r"\n([ \t]*\n){2,}", "\n\n", text
+    ).strip()  # the template leaves runs of empty lines
     return f"{HEADER}{text}\n", resources["outputs"]
 
 
 def main() -> None:
     "Write README.md and its figures; figures that it no longer shows are deleted."
     text, figures = readme()
-    for old in (ROOT / IMAGES).glob("index_*"): old.unlink()
+    for old in (ROOT / IMAGES).glob("index_*"):
+        old.unlink()
     for path, content in figures.items():
         (ROOT / path).parent.mkdir(exist_ok=True)
         (ROOT / path).write_bytes(content)

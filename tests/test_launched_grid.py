@@ -1,17 +1,17 @@
 """A grid by two real processes (gloo) of which one has no room, or dies, or both fail alike: none waits for ever, and nothing false is recorded."""
-import json
 
 import pytest
 from test_processes import launch
 
-from steer_nb.experiments import Store
+from steer_nb.experiments.store import Store
 
-WORKER = '''
+WORKER = """
 import json, os, sys
 import torch
 from transformers import logging
 from steer_nb import experiments
-from steer_nb.experiments import Arm, Experiment, run_grid
+from steer_nb.experiments.grid import run_grid
+from steer_nb.experiments.jobs import Arm, Experiment
 logging.disable_progress_bar()
 asked = json.loads(sys.argv[1])
 own = experiments.fit
@@ -30,7 +30,7 @@ experiments.fit = fit
 task = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST"), "n_train": 64, "n_validation": 20, "n_test": 40}
 grid = Experiment("grid", ("tiny-llama",), {"listops": task}, {name: Arm(name, (1e-2,)) for name in asked.get("arms", ["post_block_linear"])}, {"max_steps": 4, "batch_size": 16}, sweep_seeds=(0,), seeds=(0,))
 run_grid(grid, asked["folder"], say=None)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +47,34 @@ def run(worker, folder, **asked):
     return [process.returncode for process in processes], errors
 
 
-def runs(folder): return [record for record in Store(folder).records() if record["kind"] == "run"]
+def runs(folder):
+    return [record for record in Store(folder).records() if record["kind"] == "run"]
 
 
 def test_a_process_without_room_ends_the_launch_and_the_next_one_halves(worker, tmp_path):
     codes, errors = run(worker, tmp_path, room=8)
-    assert all(codes) and "has no room" in errors[1] and "its batch is halved" in errors[1] and "nothing is recorded" in errors[0], errors
+    assert (
+        all(codes)
+        and "has no room" in errors[1]
+        and "its batch is halved" in errors[1]
+        and "nothing is recorded" in errors[0]
+    ), errors
     assert runs(tmp_path) == []
     codes, errors = run(worker, tmp_path, room=8)
     assert codes == [0, 0], errors
     [record] = runs(tmp_path)
-    assert record["status"] == "done" and record["processes"] == 2 and record["note"].startswith("out of memory with batch_size 16: 8, and 2 passes a step")
+    assert (
+        record["status"] == "done"
+        and record["processes"] == 2
+        and record["note"].startswith("out of memory with batch_size 16: 8, and 2 passes a step")
+    )
 
 
 def test_without_room_for_half_a_batch_it_is_recorded_as_failed(worker, tmp_path):
     run(worker, tmp_path, room=4)
     codes, errors = run(worker, tmp_path, room=4)
     assert all(codes) and "recorded as failed" in errors[1], errors
-    codes, errors = run(worker, tmp_path, room=4)                  # nothing left to train, and the grid ends
+    codes, errors = run(worker, tmp_path, room=4)  # nothing left to train, and the grid ends
     assert codes == [0, 0], errors
     [record] = runs(tmp_path)
     assert record["status"] == "failed" and "OutOfMemoryError" in record["error"]
@@ -79,8 +89,22 @@ def test_a_process_that_dies_counts_against_no_method(worker, tmp_path):
 
 
 def test_what_fails_alike_in_all_processes_is_recorded_and_the_grid_goes_on(worker, tmp_path):
-    codes, errors = run(worker, tmp_path, broken="post_block_linear", arms=["post_block_linear", "post_block_vector"])
+    codes, errors = run(
+        worker,
+        tmp_path,
+        broken="post_block_linear",
+        arms=["post_block_linear", "post_block_vector"],
+    )
     assert codes == [0, 0], errors
-    records = {(record["kind"], record["spec"]["method"]): record for record in Store(tmp_path).records() if "spec" in record}
-    assert records["run", "post_block_linear"]["error"] == "RuntimeError: a defect, seen by process 0"
-    assert records["test", "post_block_vector"]["status"] == "done" and ("test", "post_block_linear") not in records
+    records = {
+        (record["kind"], record["spec"]["method"]): record
+        for record in Store(tmp_path).records()
+        if "spec" in record
+    }
+    assert (
+        records["run", "post_block_linear"]["error"] == "RuntimeError: a defect, seen by process 0"
+    )
+    assert (
+        records["test", "post_block_vector"]["status"] == "done"
+        and ("test", "post_block_linear") not in records
+    )

@@ -1,4 +1,5 @@
 "What a steered model must still do, with the real thing each time: compile, Trainer, PEFT, beam search, another process."
+
 import copy
 import json
 import pickle
@@ -9,19 +10,42 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from steer_nb.adapters import KINDS
-from steer_nb.hooks import capture, edit
-from steer_nb.sites import Site, SiteError
-from steer_nb.steering import SteeringConfig, SteeringError, load_steering, prompt_ends, steer, steerings
+from steer_nb.core.adapters import KINDS
+from steer_nb.core.config import SteeringConfig
+from steer_nb.core.errors import SteeringError
+from steer_nb.core.hooks import capture, edit
+from steer_nb.core.loading import load_steering
+from steer_nb.core.positions import prompt_ends
+from steer_nb.core.sites import Site, SiteError
+from steer_nb.core.steering import steer, steerings
 
-EVERY_POSITIONS = ("all", "last", "prompt", "completion", "prefix:2", "suffix:3", "prefix:1+suffix:2")
+EVERY_POSITIONS = (
+    "all",
+    "last",
+    "prompt",
+    "completion",
+    "prefix:2",
+    "suffix:3",
+    "prefix:1+suffix:2",
+)
 
 
 def tiny(model_type="llama", seed=0, **changes):
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=100,
-                 max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=100,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **changes})).eval()
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**sizes, **changes})
+    ).eval()
 
 
 def randomise(steering, scale=0.3):
@@ -42,7 +66,12 @@ def expected_columns(positions, prompt, length):
         return list(range(prompt))
     if positions == "completion":
         return list(range(prompt, length))
-    first, last = {"last": (0, 1), "prefix:2": (2, 0), "suffix:3": (0, 3), "prefix:1+suffix:2": (1, 2)}[positions]
+    first, last = {
+        "last": (0, 1),
+        "prefix:2": (2, 0),
+        "suffix:3": (0, 3),
+        "prefix:1+suffix:2": (1, 2),
+    }[positions]
     return sorted({i for i in range(prompt) if i < first or i >= prompt - last})
 
 
@@ -52,38 +81,52 @@ def expected_columns(positions, prompt, length):
 def test_positions_in_a_padded_batch_equal_single_examples(positions, site, side):
     "Labels, padding on either side: each row equals the example alone, steered by a plain hook at columns chosen by hand."
     model, bare = tiny().double(), tiny().double()
-    steering = randomise(steer(model, SteeringConfig(site=site, rank=2, layers=[1], positions=positions)), 1)
+    steering = randomise(
+        steer(model, SteeringConfig(site=site, rank=2, layers=[1], positions=positions)), 1
+    )
     adapter = steering.adapters[Site(1, site)]
-    examples = [(torch.tensor([5, 6, 7, 8, 9, 10, 11]), 4), (torch.tensor([12, 13, 14]), 2), (torch.tensor([15, 16, 17, 18]), 3)]
+    examples = [
+        (torch.tensor([5, 6, 7, 8, 9, 10, 11]), 4),
+        (torch.tensor([12, 13, 14]), 2),
+        (torch.tensor([15, 16, 17, 18]), 3),
+    ]
     width = max(len(tokens) for tokens, _ in examples)
     ids, mask, labels = (torch.full((3, width), value) for value in (0, 0, -100))
     for row, (tokens, prompt) in enumerate(examples):
         start = width - len(tokens) if side == "left" else 0
-        ids[row, start:start + len(tokens)], mask[row, start:start + len(tokens)] = tokens, 1
-        labels[row, start + prompt:start + len(tokens)] = tokens[prompt:]
+        ids[row, start : start + len(tokens)], mask[row, start : start + len(tokens)] = tokens, 1
+        labels[row, start + prompt : start + len(tokens)] = tokens[prompt:]
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    batched = model(input_ids=ids, attention_mask=mask, labels=labels, position_ids=position_ids).logits
+    batched = model(
+        input_ids=ids, attention_mask=mask, labels=labels, position_ids=position_ids
+    ).logits
 
     block = bare.model.layers[1]
     for row, (tokens, prompt) in enumerate(examples):
         chosen = torch.zeros(len(tokens), 1)
         chosen[expected_columns(positions, prompt, len(tokens))] = 1
         if site == "heads":
+
             def change(module, args):
                 heads = args[0].unflatten(-1, (4, 8))
                 return (args[0] + chosen * adapter(heads).flatten(-2),)
+
             handle = block.self_attn.o_proj.register_forward_pre_hook(change)
         else:
             module = {"block": block, "mlp": block.mlp, "attn": block.self_attn}[site]
+
             def change(module, args, output):
                 h = output[0] if isinstance(output, tuple) else output
                 new = h + chosen * adapter(h)
                 return (new, *output[1:]) if isinstance(output, tuple) else new
+
             handle = module.register_forward_hook(change)
         alone = bare(tokens[None]).logits[0]
         handle.remove()
         real = batched[row][mask[row].bool()]
-        assert torch.allclose(real, alone, atol=1e-6)       # RMSNorm computes in float32, whatever the model's dtype
+        assert torch.allclose(
+            real, alone, atol=1e-6
+        )  # RMSNorm computes in float32, whatever the model's dtype
 
 
 @pytest.mark.parametrize("positions", EVERY_POSITIONS)
@@ -93,9 +136,13 @@ def test_beam_search(positions):
     randomise(steer(model, SteeringConfig(positions=positions)), 1)
     prompts = [torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([11, 12, 13])]
     options = dict(num_beams=3, do_sample=False, max_new_tokens=5, eos_token_id=-1)
-    padded = torch.stack([torch.cat([torch.zeros(6 - len(p), dtype=torch.long), p]) for p in prompts])
-    together = model.generate(input_ids=padded, attention_mask=(padded != 0).long(), **options)[:, 6:]
-    alone = torch.cat([model.generate(input_ids=p[None], **options)[:, len(p):] for p in prompts])
+    padded = torch.stack(
+        [torch.cat([torch.zeros(6 - len(p), dtype=torch.long), p]) for p in prompts]
+    )
+    together = model.generate(input_ids=padded, attention_mask=(padded != 0).long(), **options)[
+        :, 6:
+    ]
+    alone = torch.cat([model.generate(input_ids=p[None], **options)[:, len(p) :] for p in prompts])
     assert torch.equal(together, alone)
 
 
@@ -105,7 +152,13 @@ def test_generating_with_a_prompt_that_is_partly_cached():
     randomise(steer(model, SteeringConfig(positions="prompt")), 1)
     whole = model.generate(input_ids=INPUT[:1], do_sample=False, max_new_tokens=4, eos_token_id=-1)
     cache = model(INPUT[:1, :8], use_cache=True).past_key_values
-    resumed = model.generate(input_ids=INPUT[:1], past_key_values=cache, do_sample=False, max_new_tokens=4, eos_token_id=-1)
+    resumed = model.generate(
+        input_ids=INPUT[:1],
+        past_key_values=cache,
+        do_sample=False,
+        max_new_tokens=4,
+        eos_token_id=-1,
+    )
     assert torch.equal(whole, resumed)
 
 
@@ -126,7 +179,9 @@ def test_compile_has_no_graph_break(positions):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(compiled(INPUT, use_cache=False).logits, expected, atol=1e-5)      # other order of sums
+        assert torch.allclose(
+            compiled(INPUT, use_cache=False).logits, expected, atol=1e-5
+        )  # other order of sums
 
 
 def test_autocast_and_half_precision():
@@ -140,19 +195,37 @@ def test_autocast_and_half_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = other(INPUT, labels=INPUT).loss
     loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in trained.parameters()
+    )
 
 
 def test_device_map_with_weights_on_disk(tmp_path):
     "Accelerate's dispatch, one block's weights on disk: its adapter lives where the block computes, and is saved and loaded as ever."
     tiny().save_pretrained(tmp_path / "model")
-    places = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map={**places, "model.layers.1": "disk"},
-                                                 offload_folder=tmp_path / "offload").eval()
+    places = {
+        name: "cpu"
+        for name in (
+            "model.embed_tokens",
+            "model.layers.0",
+            "model.layers.2",
+            "model.norm",
+            "model.rotary_emb",
+            "lm_head",
+        )
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={**places, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    ).eval()
     assert model.model.layers[1].mlp.down_proj.weight.is_meta
     base = model(INPUT).logits
     steering = steer(model, SteeringConfig(positions="last", site="mlp"))
-    assert torch.equal(model(INPUT).logits, base) and {p.device.type for p in steering.parameters()} == {"cpu"}
+    assert torch.equal(model(INPUT).logits, base) and {
+        p.device.type for p in steering.parameters()
+    } == {"cpu"}
     randomise(steering)
     steered = model(INPUT).logits
     assert (steered != base).any(-1).tolist() == [[False] * 11 + [True]] * 2
@@ -161,7 +234,9 @@ def test_device_map_with_weights_on_disk(tmp_path):
     assert torch.equal(model(INPUT).logits, base)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     load_steering(whole, tmp_path / "steering")
-    assert torch.allclose(whole(INPUT).logits, steered, atol=1e-6)        # the same float32 arithmetic, by another road
+    assert torch.allclose(
+        whole(INPUT).logits, steered, atol=1e-6
+    )  # the same float32 arithmetic, by another road
 
 
 class Rows(torch.utils.data.Dataset):
@@ -177,8 +252,16 @@ def test_trainer_trains_and_its_checkpoint_keeps_the_steering(tmp_path):
     model = tiny()
     base = {name: p.clone() for name, p in model.named_parameters()}
     steer(model, SteeringConfig())
-    arguments = TrainingArguments(tmp_path, max_steps=4, save_steps=4, learning_rate=1e-2, report_to="none", use_cpu=True,
-                                  per_device_train_batch_size=4, disable_tqdm=True)
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        save_steps=4,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+    )
     Trainer(model=model, args=arguments, train_dataset=Rows()).train()
     model.eval()
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").eval()
@@ -191,13 +274,14 @@ def test_trainer_trains_and_its_checkpoint_keeps_the_steering(tmp_path):
 
 def test_peft_does_not_adapt_the_adapters():
     from peft import LoraConfig, get_peft_model
+
     model = tiny()
     steering = randomise(steer(model, SteeringConfig()))
     expected = model(INPUT).logits
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     assert not any("steering" in name for name, _ in adapted.named_modules() if "lora" in name)
     assert torch.equal(adapted(INPUT).logits, expected)
-    for parameter in steering.parameters():                 # PEFT freezes what it does not own
+    for parameter in steering.parameters():  # PEFT freezes what it does not own
         parameter.requires_grad_(True)
     adapted(INPUT, labels=INPUT).loss.backward()
     assert all(p.grad is not None for p in steering.parameters())
@@ -205,20 +289,28 @@ def test_peft_does_not_adapt_the_adapters():
 
 def test_steering_a_peft_model_knows_the_prompt():
     from peft import LoraConfig, get_peft_model
+
     adapted = get_peft_model(tiny(), LoraConfig(r=2, target_modules="all-linear"))
     trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
     randomise(steer(adapted, SteeringConfig(positions="last"), freeze=False), 1)
-    assert {name for name, p in adapted.named_parameters() if p.requires_grad and ".steering." not in name} == trainable
+    assert {
+        name
+        for name, p in adapted.named_parameters()
+        if p.requires_grad and ".steering." not in name
+    } == trainable
     bare = tiny()
     randomise(steer(bare, SteeringConfig(positions="last")), 1)
-    assert torch.equal(adapted(input_ids=INPUT).logits, bare(INPUT).logits)     # a new LoRA changes nothing
+    assert torch.equal(
+        adapted(input_ids=INPUT).logits, bare(INPUT).logits
+    )  # a new LoRA changes nothing
     options = dict(input_ids=INPUT, do_sample=False, max_new_tokens=4, eos_token_id=-1)
     assert torch.equal(adapted.generate(**options), bare.generate(**options))
 
 
 def test_a_layer_of_streams():
     "Hyper-connections carry four residual streams: positions still mean tokens."
-    from steer_nb.zoo import tiny_model
+    from steer_nb.testing.tiny_models import tiny_model
+
     for model_type in ("deepseek_v4", "gemma3n_text"):
         model = tiny_model(model_type)
         base = model(INPUT[:, :4]).logits
@@ -235,7 +327,9 @@ def test_order_of_several_steerings():
     first.adapters[Site(2, "block")].vector.data.copy_(v)
     second.adapters[Site(2, "block")].matrix.data.copy_(torch.eye(32))
     bare = tiny()
-    handle = bare.model.layers[2].register_forward_hook(lambda module, args, output: 2 * (output + v))
+    handle = bare.model.layers[2].register_forward_hook(
+        lambda module, args, output: 2 * (output + v)
+    )
     assert torch.allclose(model(INPUT).logits, bare(INPUT).logits, atol=1e-5)
     handle.remove()
     assert list(steerings(model)) == ["first", "second"]
@@ -247,26 +341,45 @@ def test_order_of_several_steerings():
 def test_saved_here_loaded_in_another_process(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    randomise(steer(model, SteeringConfig(kind="nonlinear", positions="suffix:3", site="heads", rank=2))).save(tmp_path / "steering")
+    randomise(
+        steer(model, SteeringConfig(kind="nonlinear", positions="suffix:3", site="heads", rank=2))
+    ).save(tmp_path / "steering")
     torch.save(model(INPUT).logits, tmp_path / "logits.pt")
     script = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-from steer_nb.steering import load_steering
+from steer_nb.core.loading import load_steering
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()
 load_steering(model, sys.argv[1] + "/steering")
 assert torch.equal(model(torch.arange(24).view(2, 12) + 3).logits, torch.load(sys.argv[1] + "/logits.pt"))
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "steering").glob("*.json"))
+    assert not any(
+        str(tmp_path) in path.read_text() for path in (tmp_path / "steering").glob("*.json")
+    )
 
 
 def test_a_failed_steer_leaves_no_trace():
     model = tiny()
+
     def state():
-        return [(path, sorted(vars(m)), list(m._forward_hooks), list(m._forward_pre_hooks), list(m._modules)) for path, m in model.named_modules()]
+        return [
+            (
+                path,
+                sorted(vars(m)),
+                list(m._forward_hooks),
+                list(m._forward_pre_hooks),
+                list(m._modules),
+            )
+            for path, m in model.named_modules()
+        ]
+
     before = state()
-    for config in (SteeringConfig(rank=33), SteeringConfig(layers=[0, 7]), SteeringConfig(site="heads", rank=9)):
+    for config in (
+        SteeringConfig(rank=33),
+        SteeringConfig(layers=[0, 7]),
+        SteeringConfig(site="heads", rank=9),
+    ):
         with pytest.raises(ValueError):
             steer(model, config)
     assert state() == before and all(p.requires_grad for p in model.parameters())
@@ -302,7 +415,9 @@ def test_checkpointing_uses_the_masks_of_its_own_pass():
 
     def gradients(checkpointing):
         model = tiny().train()
-        steering = randomise(steer(model, SteeringConfig(kind="vector", site="mlp", positions="prompt")))
+        steering = randomise(
+            steer(model, SteeringConfig(kind="vector", site="mlp", positions="prompt"))
+        )
         if checkpointing:
             model.gradient_checkpointing_enable()
         loss = model(INPUT, labels=early).loss
@@ -327,8 +442,9 @@ def test_a_steering_cast_with_its_model_can_still_be_loaded(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["xlnet", "gemma3n_text", "llama"])
 def test_capture_keeps_columns_whatever_the_layout(model_type):
-    from steer_nb.hooks import capture
-    from steer_nb.zoo import tiny_model
+    from steer_nb.core.hooks import capture
+    from steer_nb.testing.tiny_models import tiny_model
+
     model, site, ids = tiny_model(model_type), Site(0, "block"), INPUT[:, :6]
     axis = {"xlnet": 0, "gemma3n_text": 2}.get(model_type, 1)
     with torch.no_grad(), capture(model) as whole, capture(model, positions=-1) as last:
@@ -338,7 +454,9 @@ def test_capture_keeps_columns_whatever_the_layout(model_type):
     mask[1, 3] = True
     with torch.no_grad(), capture(model, positions=mask) as one:
         model(input_ids=ids)
-    token = {"xlnet": lambda h: h[3, 1], "gemma3n_text": lambda h: h[:, 1, 3]}.get(model_type, lambda h: h[1, 3])(whole[site])
+    token = {"xlnet": lambda h: h[3, 1], "gemma3n_text": lambda h: h[:, 1, 3]}.get(
+        model_type, lambda h: h[1, 3]
+    )(whole[site])
     assert torch.equal(one[site][0], token)
 
 
@@ -368,7 +486,7 @@ def test_new_loreft_changes_nothing_in_any_precision(dtype):
     assert torch.equal(model(input_ids=INPUT).logits, base)
 
 
-CHOSEN = {0: (1,), 2: (0, 3)}                 # heads by layer, of a model with three layers of four heads
+CHOSEN = {0: (1,), 2: (0, 3)}  # heads by layer, of a model with three layers of four heads
 HEADS = [(2, 3), (0, 1), (2, 0)]
 
 
@@ -376,9 +494,14 @@ HEADS = [(2, 3), (0, 1), (2, 0)]
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_heads_equal_a_hook_by_hand(kind, positions):
     "Each chosen head is shifted by its own row of the adapter, at the columns chosen by hand; the others keep their bits."
-    model, bare = tiny(num_key_value_heads=2).double(), tiny(num_key_value_heads=2).double()        # four heads share two of keys and values
+    model, bare = (
+        tiny(num_key_value_heads=2).double(),
+        tiny(num_key_value_heads=2).double(),
+    )  # four heads share two of keys and values
     base = model(INPUT).logits
-    steering = steer(model, SteeringConfig(kind=kind, site="heads", heads=HEADS, rank=2, positions=positions))
+    steering = steer(
+        model, SteeringConfig(kind=kind, site="heads", heads=HEADS, rank=2, positions=positions)
+    )
     for training in (True, False):
         assert torch.equal(model.train(training)(INPUT).logits, base)
     randomise(steering)
@@ -387,16 +510,23 @@ def test_some_heads_equal_a_hook_by_hand(kind, positions):
     for layer, heads in CHOSEN.items():
         adapter = steering.adapters[Site(layer, "heads")]
         assert adapter.shape == (len(heads), 8)
+
         def change(module, args, adapter=adapter, heads=heads):
-            new, shift = args[0].clone(), adapter(args[0].unflatten(-1, (4, 8))[..., list(heads), :])
+            new, shift = (
+                args[0].clone(),
+                adapter(args[0].unflatten(-1, (4, 8))[..., list(heads), :]),
+            )
             for row, head in enumerate(heads):
                 for column in columns:
-                    new[:, column, 8 * head:8 * head + 8] += 0.5 * shift[:, column, row]
+                    new[:, column, 8 * head : 8 * head + 8] += 0.5 * shift[:, column, row]
             return (new,)
+
         bare.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(change)
     with torch.no_grad(), capture(model, "heads", layers=[0]) as steered:
         logits = model(INPUT).logits
-    assert torch.allclose(logits, bare(INPUT).logits, atol=1e-6) and (logits - base).abs().max() > 1e-3    # RMSNorm computes in float32
+    assert (
+        torch.allclose(logits, bare(INPUT).logits, atol=1e-6) and (logits - base).abs().max() > 1e-3
+    )  # RMSNorm computes in float32
     with torch.no_grad(), steering.disabled(), capture(model, "heads", layers=[0]) as plain:
         model(INPUT)
     moved = (steered[Site(0, "heads")] != plain[Site(0, "heads")]).any(-1).any(0)
@@ -408,16 +538,28 @@ def test_heads_in_half_precision(kind):
     model = tiny().bfloat16()
     base = model(INPUT).logits
     steering = steer(model, SteeringConfig(kind=kind, site="heads", heads=HEADS, rank=2))
-    assert torch.equal(model(INPUT).logits, base) and {p.dtype for p in steering.parameters()} == {torch.float32}
+    assert torch.equal(model(INPUT).logits, base) and {p.dtype for p in steering.parameters()} == {
+        torch.float32
+    }
     model(INPUT, labels=INPUT).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in steering.parameters())
     every = tiny().bfloat16()
     whole = randomise(steer(every, SteeringConfig(kind=kind, site="heads", rank=2)))
     model = tiny().bfloat16()
-    same = steer(model, SteeringConfig(kind=kind, site="heads", rank=2, heads=[(layer, head) for layer in range(3) for head in range(4)]))
+    same = steer(
+        model,
+        SteeringConfig(
+            kind=kind,
+            site="heads",
+            rank=2,
+            heads=[(layer, head) for layer in range(3) for head in range(4)],
+        ),
+    )
     for mine, other in zip(same.parameters(), whole.parameters()):
         mine.data.copy_(other)
-    assert torch.equal(model(INPUT).logits, every(INPUT).logits)          # all heads by name are all heads, to the bit
+    assert torch.equal(
+        model(INPUT).logits, every(INPUT).logits
+    )  # all heads by name are all heads, to the bit
 
 
 @pytest.mark.parametrize("kind", ["linear", "jola"])
@@ -429,7 +571,12 @@ def test_heads_under_gradient_checkpointing(kind, positions):
 
     def gradients(checkpointing):
         model = tiny().train()
-        steering = randomise(steer(model, SteeringConfig(kind=kind, site="heads", rank=2, heads=HEADS, positions=positions)))
+        steering = randomise(
+            steer(
+                model,
+                SteeringConfig(kind=kind, site="heads", rank=2, heads=HEADS, positions=positions),
+            )
+        )
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(3)
@@ -446,8 +593,10 @@ def test_compile_with_heads_has_no_graph_break():
     expected = model(INPUT, use_cache=False).logits
     torch._dynamo.reset()
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(INPUT, use_cache=False).logits
-    assert torch.allclose(compiled, expected, atol=1e-5)                  # other order of sums
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(
+            INPUT, use_cache=False
+        ).logits
+    assert torch.allclose(compiled, expected, atol=1e-5)  # other order of sums
 
 
 @pytest.mark.parametrize("heads", [None, HEADS])
@@ -457,14 +606,22 @@ def test_new_kinds_and_heads_are_saved_and_loaded(tmp_path, kind, heads):
     model = tiny()
     base = model(INPUT).logits
     steering = randomise(steer(model, config))
-    assert ("(3 heads)" in repr(steering)) == (heads is not None) and ("direft rank 3" in repr(steering)) == (kind == "direft")
+    assert ("(3 heads)" in repr(steering)) == (heads is not None) and (
+        "direft rank 3" in repr(steering)
+    ) == (kind == "direft")
     steering.save(tmp_path / "steering")
     steered = model(INPUT).logits
     assert (steered - base).abs().max() > 1e-4
     other = tiny()
     loaded = load_steering(other, tmp_path / "steering")
-    assert loaded.config == config and hash(loaded.config) == hash(config) and torch.equal(other(INPUT).logits, steered)
-    assert torch.equal(copy.deepcopy(other)(INPUT).logits, steered) and torch.equal(pickle.loads(pickle.dumps(other))(INPUT).logits, steered)
+    assert (
+        loaded.config == config
+        and hash(loaded.config) == hash(config)
+        and torch.equal(other(INPUT).logits, steered)
+    )
+    assert torch.equal(copy.deepcopy(other)(INPUT).logits, steered) and torch.equal(
+        pickle.loads(pickle.dumps(other))(INPUT).logits, steered
+    )
     loaded.remove()
     assert torch.equal(other(INPUT).logits, base)
 
@@ -478,20 +635,26 @@ def test_older_schemas_are_read(tmp_path, schema, lacking):
     assert content["schema"] == 3
     content["schema"] = schema
     path.write_text(json.dumps(content))
-    with pytest.raises(SteeringError, match="unknown field"):             # a field that its schema did not have
+    with pytest.raises(
+        SteeringError, match="unknown field"
+    ):  # a field that its schema did not have
         load_steering(tiny(), tmp_path)
     for field in lacking:
         del content["steerings"]["default"][field]
     path.write_text(json.dumps(content))
     loaded = load_steering(tiny(), tmp_path)
-    assert loaded.config == steering.config and torch.equal(loaded.model(INPUT).logits, steering.model(INPUT).logits)
+    assert loaded.config == steering.config and torch.equal(
+        loaded.model(INPUT).logits, steering.model(INPUT).logits
+    )
     content["schema"] = 3
     path.write_text(json.dumps(content))
     with pytest.raises(SteeringError, match="lacks the field"):
         load_steering(tiny(), tmp_path)
 
 
-@pytest.mark.parametrize("heads", ["all", [[0, 1], [0, 1]], [[0, 9]], [[0, None]], [[2, 3, 1]], {"0": 1}])
+@pytest.mark.parametrize(
+    "heads", ["all", [[0, 1], [0, 1]], [[0, 9]], [[0, None]], [[2, 3, 1]], {"0": 1}]
+)
 def test_damaged_heads_are_refused(tmp_path, heads):
     steer(tiny(), SteeringConfig(kind="vector", site="heads", heads=[(0, 1)])).save(tmp_path)
     path = tmp_path / "steering_config.json"
@@ -499,7 +662,10 @@ def test_damaged_heads_are_refused(tmp_path, heads):
     content["steerings"]["default"]["heads"] = heads
     path.write_text(json.dumps(content))
     model = tiny()
-    with pytest.raises(SteeringError, match=r"^(heads are repeated|heads is a list|a head is a|head 9: layer 0 has 4)"):
+    with pytest.raises(
+        SteeringError,
+        match=r"^(heads are repeated|heads is a list|a head is a|head 9: layer 0 has 4)",
+    ):
         load_steering(model, tmp_path)
     assert not steerings(model)
 
@@ -515,11 +681,14 @@ def test_heads_that_the_model_lacks():
 
 def test_heads_that_start_from_the_gradient():
     "The chosen heads read what they would read among all of them."
-    from steer_nb.equivalence import site_scores
+    from steer_nb.theory.site_scores import site_scores
+
     model = tiny()
     scores = site_scores(model, [{"input_ids": INPUT, "labels": INPUT}], sites=("heads",), rank=2)
     whole = steer(tiny(), SteeringConfig(site="heads", rank=2, init="gradient"), scores=scores)
-    some = steer(model, SteeringConfig(site="heads", rank=2, init="gradient", heads=HEADS), scores=scores)
+    some = steer(
+        model, SteeringConfig(site="heads", rank=2, init="gradient", heads=HEADS), scores=scores
+    )
     assert list(some.adapters) == [Site(layer, "heads") for layer in CHOSEN]
     for site, adapter in some.adapters.items():
         assert torch.equal(adapter.down, whole.adapters[site].down[list(CHOSEN[site.layer])])
@@ -529,23 +698,36 @@ def test_heads_that_start_from_the_gradient():
 def test_heads_steered_after_peft_reach_the_lora(heads):
     "The LoRA branch of the output projection reads the steered heads too: as in a model into which the LoRA is merged."
     from peft import LoraConfig, get_peft_model
-    from steer_nb.zoo import tiny_model
-    adapted = get_peft_model(tiny_model("llama").double(), LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"])).eval()
+
+    from steer_nb.testing.tiny_models import tiny_model
+
+    adapted = get_peft_model(
+        tiny_model("llama").double(),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"]),
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     merged = copy.deepcopy(adapted).merge_and_unload()
     base = adapted(input_ids=INPUT).logits
-    assert torch.allclose(merged(INPUT).logits, base, atol=1e-6)          # RMSNorm computes in float32
-    steering = randomise(steer(adapted, SteeringConfig(kind="linear", site="heads", rank=2, heads=heads)))
+    assert torch.allclose(merged(INPUT).logits, base, atol=1e-6)  # RMSNorm computes in float32
+    steering = randomise(
+        steer(adapted, SteeringConfig(kind="linear", site="heads", rank=2, heads=heads))
+    )
 
     def shift(site):
-        chosen = list(range(4)) if heads is None else [head for layer, head in heads if layer == site.layer]
+        chosen = (
+            list(range(4))
+            if heads is None
+            else [head for layer, head in heads if layer == site.layer]
+        )
+
         def change(h):
             new = h.clone()
             new[..., chosen, :] += steering.adapters[site](h[..., chosen, :])
             return new
+
         return change
 
     with edit(merged, {site: shift(site) for site in steering.adapters}):
@@ -555,9 +737,14 @@ def test_heads_steered_after_peft_reach_the_lora(heads):
     with steering.disabled(), edit(adapted, {site: shift(site) for site in steering.adapters}):
         assert torch.allclose(adapted(input_ids=INPUT).logits, expected, atol=1e-6)
     # had only the base weight read the shift, the logits would be others: here the hook is inside the LoRA layer
-    handles = [block.self_attn.o_proj.base_layer.register_forward_pre_hook(
-        lambda module, args, change=shift(Site(layer, "heads")): (change(args[0].unflatten(-1, (4, -1))).flatten(-2),))
-        for layer, block in enumerate(adapted.get_base_model().model.layers)]
+    handles = [
+        block.self_attn.o_proj.base_layer.register_forward_pre_hook(
+            lambda module, args, change=shift(Site(layer, "heads")): (
+                change(args[0].unflatten(-1, (4, -1))).flatten(-2),
+            )
+        )
+        for layer, block in enumerate(adapted.get_base_model().model.layers)
+    ]
     with steering.disabled():
         assert (adapted(input_ids=INPUT).logits - expected).abs().max() > 1e-3
     for handle in handles:

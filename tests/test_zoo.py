@@ -1,10 +1,12 @@
 "Every causal language model type that transformers registers, built tiny and checked at every site."
+
 import warnings
 
 import pytest
 import torch
 
-from steer_nb.zoo import check_type, zoo_types
+from steer_nb.testing.checks import check_type
+from steer_nb.testing.tiny_models import zoo_types
 
 # These are understood and cannot be steered, or cannot be built here; the notebook's table has the reasons.
 WITHOUT_SITES = {"hrm_text", "reformer", "xlm", "blt"}
@@ -15,7 +17,7 @@ RESULTS = {}
 @pytest.fixture(autouse=True)
 def quiet():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                    # tiny matrices: threads only wait for each other
+    torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -35,9 +37,31 @@ def test_type(model_type):
 def test_at_least_150_types_are_fully_checked():
     if len(RESULTS) < len(zoo_types()):
         pytest.skip("only some types were run")
-    full = [name for name, checked in RESULTS.items() if checked.result == "checked" and not checked.note]
+    full = [
+        name
+        for name, checked in RESULTS.items()
+        if checked.result == "checked" and not checked.note
+    ]
     assert len(full) >= 150, len(full)
-    for name in ("llama", "gemma2", "gemma3_text", "olmo2", "gptj", "gpt_neox", "phi", "cohere", "falcon", "mixtral", "mamba", "jamba",
-                 "lfm2", "nemotron_h", "opt", "biogpt", "deepseek_v4", "hy_v4"):
+    for name in (
+        "llama",
+        "gemma2",
+        "gemma3_text",
+        "olmo2",
+        "gptj",
+        "gpt_neox",
+        "phi",
+        "cohere",
+        "falcon",
+        "mixtral",
+        "mamba",
+        "jamba",
+        "lfm2",
+        "nemotron_h",
+        "opt",
+        "biogpt",
+        "deepseek_v4",
+        "hy_v4",
+    ):
         if name in zoo_types():
             assert name in full
