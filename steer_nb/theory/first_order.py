@@ -71,7 +71,8 @@ def equivalent_shifts(
     pass with tangents; where an operation has no forward-mode rule, finite differences with a
     warning, and `.method` says so. What a block passes to later ones beside the residual stream (a
     router's state, in Zaya) is not part of a shift. Raises `EquivalenceError` for a name or a shape
-    that the model does not have and for an empty batch, `SiteError` for a site that it lacks."""
+    that the model does not have, `SiteError` for a site that it lacks, and `SteerError` for an
+    empty batch."""
     check_update(model, update)
     inside = layers_of_parameters(model)
     sites = find_sites(model, at, layers)

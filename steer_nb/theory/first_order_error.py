@@ -57,7 +57,9 @@ def first_order_share(
     by_layer: bool = False,  # True: the update of each layer alone, not of all together
     dtype: torch.dtype | None = None,
 ) -> FirstOrderShare:
-    "The share of the logit change that first order explains, by size. Errors as `equivalent_shifts`."
+    """The share of the logit change that first order explains, by size of the update.
+
+    Errors as `equivalent_shifts`."""
     check_update(model, update)
     parts = {"all": update}
     if by_layer:

@@ -165,7 +165,9 @@ class BlockRunner:
         raise OracleError(f"a forward pass of {type(self.model).__name__} skips block {layer}")
 
     def _recording(self, number: int, layer: int):
-        "While this is open, the output of a block is stored before its hooks, which act on resuming."
+        """While this is open, the output of a block is stored as its hooks receive it.
+
+        On resuming, the hooks act on it again."""
         forward = self.stack[layer].forward
 
         def record(*args, **kwargs):
@@ -185,7 +187,8 @@ def token_weights(
 
     (batch, seq) each, zero for padding: the norm of the gradient of a drawn label's log-likelihood,
     scaled to mean 1 over the tokens of a sequence."""
-    sites, seen, real = [Site(i, "block") for i in range(len(blocks(model)))], {}, real_tokens(batch)
+    sites = [Site(layer, "block") for layer in range(len(blocks(model)))]
+    seen, real = {}, real_tokens(batch)
     with evaluating(model, grad=True), on_graph(model, sites, seen):
         log_p = logits_of(model, batch).log_softmax(-1)
         if not len(log_p):

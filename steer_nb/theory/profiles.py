@@ -183,7 +183,8 @@ def error_growth(
 ) -> ErrorGrowth:
     """The error of a steered model by block, measured and bounded (T10, arXiv 2603.00425).
 
-    The factors are those of this error, not the worst over all inputs. Errors as `oracle_shifts`."""
+    The factors are those of this error, not the worst over all inputs.
+    Errors as `oracle_shifts`."""
     shifts, real, stack = oracle_shifts(steered, tuned, batch), real_tokens(batch), blocks(steered)
     with evaluating(steered, tuned):
         with capture(steered) as own:

@@ -65,7 +65,9 @@ def check_shape(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> tor
 
 
 def check_update(module: nn.Module, update: Mapping[str, torch.Tensor]) -> None:
-    "Raise `EquivalenceError` unless every name is a parameter of the module; in a dict, shapes too."
+    """Raise `EquivalenceError` unless every name is a parameter of the module.
+
+    The shapes are compared as well if the update is a dict."""
     if not isinstance(update, Mapping) or not len(update):
         raise EquivalenceError(
             "an update is a dict of parameter name to tensor with at least one entry, "
