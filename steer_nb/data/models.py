@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_model']
 
-# %% ../../nbs/data/01_models.ipynb #b193cd8e
+# %% ../../nbs/data/01_models.ipynb #14704154
 import io
 import json
 import re
@@ -39,7 +39,7 @@ from steer_nb.data.wheels import (
     work_folder,
 )
 
-# %% ../../nbs/data/01_models.ipynb #645aca80
+# %% ../../nbs/data/01_models.ipynb #e442c6ef
 _SPLITS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
 
 
@@ -110,7 +110,7 @@ def _converted(name: str) -> Path:
         keep_in_cache(folder / "model", target)
     return target
 
-# %% ../../nbs/data/01_models.ipynb #e7545c93
+# %% ../../nbs/data/01_models.ipynb #bd160670
 def _commit(name: str, revision: str | None) -> str | None:
     "The commit that a revision of a Hub id names now. Raises `AssetError` if it cannot be found."
     try:
@@ -125,11 +125,11 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
     "Where to load `name` from: the copy of a pinned model, a folder, or a Hub id and its commit."
     folder = Path(name).expanduser()
-    pinned, local = str(name) in MODELS, folder.is_dir()
+    pinned, local = name in MODELS, folder.is_dir()
     if revision and (pinned or local):
         raise AssetError(f"revision {revision!r} is for Hub ids; {str(name)!r} has only one")
     if pinned:
-        return _converted(str(name)), None
+        return _converted(name), None
     if local and (folder / "config.json").is_file():
         return folder, None
     if local:
@@ -144,7 +144,7 @@ def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | N
         f"the form owner/name{nearest(name, MODELS)}"
     )
 
-# %% ../../nbs/data/01_models.ipynb #31132175
+# %% ../../nbs/data/01_models.ipynb #3d86cc24
 _ANEW = (
     "nothing is unpickled here; if you trust it, load it with transformers and write it again "
     "with save_pretrained"
@@ -206,7 +206,7 @@ def _check_trust(source: str | Path, revision: str | None) -> None:
             "the code of others: remove that setting"
         )
 
-# %% ../../nbs/data/01_models.ipynb #55e4508c
+# %% ../../nbs/data/01_models.ipynb #5a1d2233
 def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     "The tokenizer of a folder or Hub id. Raises `AssetError` if it has none with a vocabulary."
     problem = AssetError(
@@ -225,7 +225,7 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedToken
 
 
 def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
-    "The model of a folder or Hub id. Raises `AssetError` if it has none, or one without some tensors."
+    "The model of a folder or Hub id. Raises `AssetError` if there is none, or tensors are missing."
     _check_trust(source, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -251,7 +251,7 @@ def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) 
         )
     return model
 
-# %% ../../nbs/data/01_models.ipynb #7d3e3f8e
+# %% ../../nbs/data/01_models.ipynb #c1bff7b5
 def load_model(
     name: str | Path,  # a key of `MODELS`, a folder, or a Hub id (owner/name)
     dtype: torch.dtype = torch.float32,  # of the weights in memory
