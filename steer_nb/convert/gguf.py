@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_control_vector', 'to_gguf_lora']
 
-# %% ../../nbs/convert/03_gguf.ipynb #95bc5d2a
+# %% ../../nbs/convert/03_gguf.ipynb #c2e8a0a6
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..core.hooks import edit
 from ..core.sites import blocks
 from ..core.steering import Steering
 
-# %% ../../nbs/convert/03_gguf.ipynb #80cccd26
+# %% ../../nbs/convert/03_gguf.ipynb #596128a9
 # Where llama.cpp's name differs from that of transformers.
 _GGUF_ARCH = {
     "mistral": "llama",
@@ -40,8 +40,8 @@ def _gguf_arch(model_type: str, arch: str | None) -> str:
     name, known = arch or _GGUF_ARCH.get(model_type, model_type), sorted(MODEL_ARCH_NAMES.values())
     if name not in known:
         raise ConvertError(
-            f"llama.cpp has no architecture {name!r}{nearest(name, known)}: "
-            "pass its name there as arch="
+            f"llama.cpp has no architecture {name!r}: pass its name there as arch"
+            f"{nearest(name, known)}"
         )
     return name
 
@@ -101,7 +101,7 @@ def to_control_vector(
 
     return _write_gguf(path, "controlvector", fill)
 
-# %% ../../nbs/convert/03_gguf.ipynb #38fda53e
+# %% ../../nbs/convert/03_gguf.ipynb #9e97a276
 def to_gguf_lora(
     lora: Steering | Lora,  # a steering that `to_lora` accepts, or its result
     path: str | os.PathLike,  # of the file to write

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lora', 'lora_of', 'to_lora', 'from_lora']
 
-# %% ../../nbs/convert/02_lora.ipynb #48881662
+# %% ../../nbs/convert/02_lora.ipynb #d9625f1b
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..core.sites import blocks
 from ..core.steering import Steering, steer
 from ..theory.updates import PEFT_PREFIXES
 
-# %% ../../nbs/convert/02_lora.ipynb #a14d8e71
+# %% ../../nbs/convert/02_lora.ipynb #e6d74447
 @dataclass(frozen=True)
 class Lora:
     "A LoRA with scaling 1: B A is added to the weight at each path, and `bias` to its bias."
@@ -99,7 +99,7 @@ def lora_of(
         transposed=isinstance(next(iter(parts)).module, Conv1D),
     )
 
-# %% ../../nbs/convert/02_lora.ipynb #e3f6c2cc
+# %% ../../nbs/convert/02_lora.ipynb #381db8b7
 def to_lora(
     steering: Steering,  # kind `linear`, `loreft` or `full` (of rank hidden), at `mlp` or `attn`
     folder: str | os.PathLike | None = None,  # where to write it as PEFT does; None: nowhere
@@ -123,7 +123,7 @@ def to_lora(
         lora.save(folder)
     return lora
 
-# %% ../../nbs/convert/02_lora.ipynb #30f41e0e
+# %% ../../nbs/convert/02_lora.ipynb #450ba9fd
 # Fields of PEFT's config, with the values for which the LoRA is only B A.
 _PLAIN = {
     "use_dora": False,
@@ -144,7 +144,7 @@ def _check_plain(folder: str | os.PathLike, config) -> None:
         value = getattr(config, name, plain)
         if value not in (plain, None):
             raise ConvertError(
-                f"the LoRA in {folder} has {name}={value!r}, so it is not only B A added to a weight"
+                f"the LoRA in {folder} has {name}={value!r}, so it does more than add B A to a weight"
             )
     start = config.init_lora_weights
     if start not in PEFT_PREFIXES:

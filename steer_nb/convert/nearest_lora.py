@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NearestLora', 'nearest_lora']
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #370f51c3
+# %% ../../nbs/convert/04_nearest_lora.ipynb #f2615872
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from ..core.hooks import capture
 from ..core.model_state import accepts, evaluating, forward_inputs, real_tokens
 from ..core.steering import Steering
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #5569fc64
+# %% ../../nbs/convert/04_nearest_lora.ipynb #8f9e19ff
 def _as_batches(batches: Mapping | Sequence[Mapping]) -> list[Mapping]:
-    "One batch or several, without labels. Raises `ConvertError` if there are none, or an empty one."
+    "One batch or several, without labels. Raises `ConvertError` if there is none, or an empty one."
     found = [batches] if isinstance(batches, Mapping) else list(batches)
     if not found or not all(
         isinstance(batch, Mapping) and "input_ids" in batch and batch["input_ids"].numel()
@@ -95,7 +95,7 @@ def _fit(
     ridge: float,
     intercept: bool,
 ) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], int]:
-    """By layer, A and the constant of the best affine prediction of D h from m; and how many tokens.
+    """By layer, A and the constant of the best affine prediction of D h from m; and the tokens.
 
     Raises `ConvertError` if the batches have only padding."""
     down = {site.layer: adapter.affine()[1] for site, adapter in steering.adapters.items()}
@@ -116,7 +116,7 @@ def _fit(
         fitted[layer] = solution[:, :width], constant
     return fitted, tokens
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #64b8477b
+# %% ../../nbs/convert/04_nearest_lora.ipynb #0040ca65
 @contextmanager
 def _with_lora(model: nn.Module, lora: Lora) -> Iterator[None]:
     "While this is open, the model computes with the LoRA."
@@ -204,7 +204,7 @@ def _output_errors(
         tokens += len(steered)
     return _relative(sums), kl / tokens, kl_unsteered / tokens
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #93c2d851
+# %% ../../nbs/convert/04_nearest_lora.ipynb #5e74318b
 @dataclass(frozen=True)
 class NearestLora:
     """The LoRA nearest to a steering, and its errors.
