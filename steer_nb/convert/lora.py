@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lora', 'lora_of', 'to_lora', 'from_lora']
 
-# %% ../../nbs/convert/02_lora.ipynb #d9625f1b
+# %% ../../nbs/convert/02_lora.ipynb #2b383b6e
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from ..core.errors import nearest
 from ..core.files import checked_file, free_folder, read_json, write_tensors
 from ..core.sites import blocks
 from ..core.steering import Steering, steer
-from ..theory.updates import PEFT_PREFIXES
+from ..theory.updates import PLAIN_LORA_STARTS
 
-# %% ../../nbs/convert/02_lora.ipynb #e6d74447
+# %% ../../nbs/convert/02_lora.ipynb #21850812
 @dataclass(frozen=True)
 class Lora:
     "A LoRA with scaling 1: B A is added to the weight at each path, and `bias` to its bias."
@@ -99,7 +99,7 @@ def lora_of(
         transposed=isinstance(next(iter(parts)).module, Conv1D),
     )
 
-# %% ../../nbs/convert/02_lora.ipynb #381db8b7
+# %% ../../nbs/convert/02_lora.ipynb #ad220d49
 def to_lora(
     steering: Steering,  # kind `linear`, `loreft` or `full` (of rank hidden), at `mlp` or `attn`
     folder: str | os.PathLike | None = None,  # where to write it as PEFT does; None: nowhere
@@ -123,7 +123,7 @@ def to_lora(
         lora.save(folder)
     return lora
 
-# %% ../../nbs/convert/02_lora.ipynb #450ba9fd
+# %% ../../nbs/convert/02_lora.ipynb #9d611562
 # Fields of PEFT's config, with the values for which the LoRA is only B A.
 _PLAIN = {
     "use_dora": False,
@@ -147,7 +147,7 @@ def _check_plain(folder: str | os.PathLike, config) -> None:
                 f"the LoRA in {folder} has {name}={value!r}, so it does more than add B A to a weight"
             )
     start = config.init_lora_weights
-    if start not in PEFT_PREFIXES:
+    if start not in PLAIN_LORA_STARTS:
         raise ConvertError(
             f"the LoRA in {folder} began as {start!r}, which changes the base weights too: "
             "merge it, and compare the weights"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NearestLora', 'nearest_lora']
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #f2615872
+# %% ../../nbs/convert/04_nearest_lora.ipynb #ed92b76c
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from .projections import ConvertError, Projection, check_convertible, stream_wri
 from ..core.hooks import capture
 from ..core.model_state import accepts, evaluating, forward_inputs, real_tokens
 from ..core.steering import Steering
+from ..theory.oracle import kl_divergence
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #8f9e19ff
+# %% ../../nbs/convert/04_nearest_lora.ipynb #d0da567c
 def _as_batches(batches: Mapping | Sequence[Mapping]) -> list[Mapping]:
     "One batch or several, without labels. Raises `ConvertError` if there is none, or an empty one."
     found = [batches] if isinstance(batches, Mapping) else list(batches)
@@ -116,7 +117,7 @@ def _fit(
         fitted[layer] = solution[:, :width], constant
     return fitted, tokens
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #0040ca65
+# %% ../../nbs/convert/04_nearest_lora.ipynb #e5c6caa8
 @contextmanager
 def _with_lora(model: nn.Module, lora: Lora) -> Iterator[None]:
     "While this is open, the model computes with the LoRA."
@@ -145,15 +146,6 @@ def _outputs(
         logits = model(**inputs).logits
     outputs = {site.layer: h[real.to(h.device)].double() for site, h in acts.items()}
     return outputs, logits[real.to(logits.device)]
-
-
-def _kl(logits: torch.Tensor, others: torch.Tensor) -> float:
-    "The sum over tokens of KL(p from logits, q from others), in nats."
-    total = 0.0
-    for p, q in zip(logits.split(64), others.split(64), strict=True):
-        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum().item()
-    return total
 
 
 def _relative(sums: dict[int, torch.Tensor]) -> dict[int, float]:
@@ -199,12 +191,12 @@ def _output_errors(
             lengths = h.norm(dim=1)
             changes = [((other[layer] - h).norm(dim=1) / lengths) for other in (found, before)]
             sums[layer] += torch.stack([change.square().sum() for change in changes]).cpu()
-        kl += _kl(steered, approximated)
-        kl_unsteered += _kl(steered, base)
+        kl += kl_divergence(steered, approximated)
+        kl_unsteered += kl_divergence(steered, base)
         tokens += len(steered)
     return _relative(sums), kl / tokens, kl_unsteered / tokens
 
-# %% ../../nbs/convert/04_nearest_lora.ipynb #5e74318b
+# %% ../../nbs/convert/04_nearest_lora.ipynb #0862e018
 @dataclass(frozen=True)
 class NearestLora:
     """The LoRA nearest to a steering, and its errors.
