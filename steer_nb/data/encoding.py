@@ -6,7 +6,7 @@
 __all__ = ['Encoded', 'encode_prompt', 'encode', 'encode_choices', 'pad_batch', 'collate', 'length_grouped_batches',
            'task_batches']
 
-# %% ../../nbs/data/06_encoding.ipynb #7ac7b3d3
+# %% ../../nbs/data/06_encoding.ipynb #16ba2794
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from ..core.errors import check_number
 from .examples import Example, TaskError
 
-# %% ../../nbs/data/06_encoding.ipynb #167538fb
+# %% ../../nbs/data/06_encoding.ipynb #dbf8d73c
 @dataclass(frozen=True)
 class Encoded:
     "A prompt and a completion as tokens."
@@ -114,7 +114,7 @@ def encode_choices(
         raise TaskError(f"example {example.id!r} has no choices: it is answered by generation")
     return _encode(tokenizer, example, example.choices, chat, max_length)
 
-# %% ../../nbs/data/06_encoding.ipynb #d4cafa8b
+# %% ../../nbs/data/06_encoding.ipynb #686b2bd9
 def _pad(rows: Sequence[list[int]], value: int, padding_side: str) -> torch.Tensor:
     "The rows as one tensor, padded with `value` on one side."
     if padding_side not in ("left", "right"):
@@ -162,7 +162,7 @@ def collate(
     inputs = pad_batch(tokenizer, [one.input_ids for one in batch], padding_side)
     return {**inputs, "labels": _pad(labels, -100, padding_side)}
 
-# %% ../../nbs/data/06_encoding.ipynb #44ee1345
+# %% ../../nbs/data/06_encoding.ipynb #e21014ba
 def length_grouped_batches(
     lengths: Sequence[int],  # tokens of each example
     batch_size: int,
@@ -184,7 +184,7 @@ def length_grouped_batches(
     random.Random(seed).shuffle(batches)
     return batches
 
-# %% ../../nbs/data/06_encoding.ipynb #4fb25d63
+# %% ../../nbs/data/06_encoding.ipynb #51e7aaf0
 def task_batches(
     tokenizer,  # a tokenizer of transformers
     examples: Sequence[Example],  # a split of a task

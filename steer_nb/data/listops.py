@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPERATORS', 'listops_value', 'ListOps', 'listops_example', 'listops_examples', 'first_digit']
 
-# %% ../../nbs/data/03_listops.ipynb #fb8eb9ef
+# %% ../../nbs/data/03_listops.ipynb #199c8123
 import random
 import re
 import statistics
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ..core.errors import check_choice, check_number
 from .examples import Example, TaskError, choice_example, content_digest, split_of
 
-# %% ../../nbs/data/03_listops.ipynb #34038199
+# %% ../../nbs/data/03_listops.ipynb #7db1d066
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "MIN": min,
     "MAX": max,
@@ -47,7 +47,7 @@ def listops_value(
         raise TaskError(f"{expression!r} is not one complete ListOps expression")
     return stack[0][1]
 
-# %% ../../nbs/data/03_listops.ipynb #65a8e5a9
+# %% ../../nbs/data/03_listops.ipynb #abf9043b
 @dataclass(frozen=True)
 class ListOps:
     "The form of ListOps expressions, and how they are answered."
@@ -76,7 +76,7 @@ class ListOps:
                 f"depth {self.depth} and max_args {self.max_args}: choose a smaller length"
             )
 
-# %% ../../nbs/data/03_listops.ipynb #28fed08d
+# %% ../../nbs/data/03_listops.ipynb #b8692859
 def listops_example(
     row: dict,  # with the key "expression"
 ) -> Example:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_model']
 
-# %% ../../nbs/data/01_models.ipynb #14704154
+# %% ../../nbs/data/01_models.ipynb #08e98e3f
 import io
 import json
 import re
@@ -39,7 +39,7 @@ from steer_nb.data.wheels import (
     work_folder,
 )
 
-# %% ../../nbs/data/01_models.ipynb #e442c6ef
+# %% ../../nbs/data/01_models.ipynb #773ad95f
 _SPLITS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
 
 
@@ -110,7 +110,7 @@ def _converted(name: str) -> Path:
         keep_in_cache(folder / "model", target)
     return target
 
-# %% ../../nbs/data/01_models.ipynb #bd160670
+# %% ../../nbs/data/01_models.ipynb #b00bd3c9
 def _commit(name: str, revision: str | None) -> str | None:
     "The commit that a revision of a Hub id names now. Raises `AssetError` if it cannot be found."
     try:
@@ -144,7 +144,7 @@ def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | N
         f"the form owner/name{nearest(name, MODELS)}"
     )
 
-# %% ../../nbs/data/01_models.ipynb #3d86cc24
+# %% ../../nbs/data/01_models.ipynb #e6cf7097
 _ANEW = (
     "nothing is unpickled here; if you trust it, load it with transformers and write it again "
     "with save_pretrained"
@@ -206,7 +206,7 @@ def _check_trust(source: str | Path, revision: str | None) -> None:
             "the code of others: remove that setting"
         )
 
-# %% ../../nbs/data/01_models.ipynb #5a1d2233
+# %% ../../nbs/data/01_models.ipynb #b3cd5d58
 def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     "The tokenizer of a folder or Hub id. Raises `AssetError` if it has none with a vocabulary."
     problem = AssetError(
@@ -251,7 +251,7 @@ def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) 
         )
     return model
 
-# %% ../../nbs/data/01_models.ipynb #c1bff7b5
+# %% ../../nbs/data/01_models.ipynb #6c072f07
 def load_model(
     name: str | Path,  # a key of `MODELS`, a folder, or a Hub id (owner/name)
     dtype: torch.dtype = torch.float32,  # of the weights in memory
