@@ -1,10 +1,12 @@
 """Next-token log-probabilities from llama.cpp, for comparison with ours.
 
-As a module: `next_logprobs(engine, gguf, tokens, …)` asks an engine in a process of its own, run by the Python that
-STEER_NB_ENGINE_PYTHON names (default: this one), and raises `EngineMissing` if the engine is not installed there.
-As a script, in any Python that has llama_cpp or xllamacpp: `python engines.py request.json answer.json`.
+As a module: `next_logprobs(engine, gguf, tokens, …)` runs an engine in a process of its own, with
+the Python that STEER_NB_ENGINE_PYTHON names (default: this one), and raises `EngineMissing` if the
+engine is not installed there. As a script, in any Python that has llama_cpp or xllamacpp:
+`python engines.py request.json answer.json`.
 
-llama_cpp (llama-cpp-python) takes control vectors by its low-level API, and LoRA files; xllamacpp takes LoRA files only.
+llama_cpp (llama-cpp-python) accepts control vectors, by its low-level API, and LoRA files;
+xllamacpp accepts LoRA files only.
 """
 
 import ctypes
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from functools import cache
 from pathlib import Path
 
 ENGINES = ("llama_cpp", "xllamacpp")
@@ -31,17 +34,22 @@ def engine_python() -> str:
     return os.environ.get("STEER_NB_ENGINE_PYTHON") or sys.executable
 
 
+@cache
+def _installed(python: str, engine: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine!r}) is None)"
+    return subprocess.run([python, "-c", code]).returncode == 0
+
+
 def has_engine(engine: str) -> bool:
     "Whether the engine is installed there."
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine!r}) is None)"
-    return subprocess.run([engine_python(), "-c", code]).returncode == 0
+    return _installed(engine_python(), engine)
 
 
 def directions(path) -> tuple[array, int]:
-    """A control-vector file as the buffer that llama.cpp's `common_control_vector_load` makes of it, and its width.
+    """The buffer that llama.cpp's `common_control_vector_load` makes of a file, and its width.
 
-    Layer 1 comes first; layers without a direction are zero; directions of the same layer add up. A layer below 1, another
-    type than float32, or widths that differ are an error there, and here."""
+    Layer 1 comes first; layers without a direction are zero; directions of the same layer are
+    added. A layer below 1, another type than float32, and different widths are errors, as there."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     rows, width = {}, None
@@ -65,12 +73,15 @@ def directions(path) -> tuple[array, int]:
 def next_logprobs(
     engine: str, gguf, tokens: list[int], control_vector=None, lora=None
 ) -> list[float]:
-    "The log-probability of every token of the vocabulary after `tokens`. `control_vector` and `lora` are files."
+    """The log-probability of every token of the vocabulary after `tokens`.
+
+    `control_vector` and `lora` are files."""
     if engine not in ENGINES:
         raise ValueError(f"no engine {engine!r}: engines are {', '.join(ENGINES)}")
     if not has_engine(engine):
         raise EngineMissing(
-            f"{engine} is not installed in this Python: install it, or name one with STEER_NB_ENGINE_PYTHON"
+            f"{engine} is not installed in this Python: install it, or set STEER_NB_ENGINE_PYTHON "
+            "to a Python that has it"
         )
     with tempfile.TemporaryDirectory() as folder:
         request = {
@@ -118,11 +129,11 @@ def ask_llama_cpp(request: dict) -> list[float]:
             context, data, len(flat), request["width"], 1, api.llama_model_n_layer(model)
         )
         if status:
-            raise RuntimeError(f"the control vector was not taken: {status}")
+            raise RuntimeError(f"the control vector was not accepted: {status}")
     if request["lora"]:
         adapter = api.llama_adapter_lora_init(model, request["lora"].encode())
         if not adapter:
-            raise RuntimeError("the LoRA was not taken")
+            raise RuntimeError("the LoRA was not accepted")
         status = api.llama_set_adapters_lora(
             context, (api.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)
         )
@@ -136,7 +147,7 @@ def ask_llama_cpp(request: dict) -> list[float]:
 
 
 def ask_xllamacpp(request: dict) -> list[float]:
-    "By xllamacpp's server object, which names the log-probabilities of the n likeliest tokens: all of them."
+    "By xllamacpp's server object, which returns the log-probabilities of the n most likely tokens."
     api = importlib.import_module("xllamacpp")
     parameters = api.CommonParams()
     parameters.model.path = request["gguf"]

