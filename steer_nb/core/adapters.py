@@ -221,7 +221,7 @@ class LoReFT(Adapter):
 
 # %% ../../nbs/core/03_adapters.ipynb #00000012
 class DiReFT(Adapter):
-    """Δh = W₂ᵀ(W₁ h + b): LoReFT without the orthonormal rows and the difference (arXiv 2404.03592).
+    """Δh = W₂ᵀ(W₁ h + b): LoReFT without orthonormal rows and the difference (arXiv 2404.03592).
 
     b, of size rank, is always there."""
 

@@ -13,14 +13,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .adapters import Adapter
 from .build import BuiltAdapter
 from .config import SteeringConfig
 from .errors import SteeringError
 from .files import NAME_PATTERN
 from .hooks import drop_hooks, read, write
 from .positions import BatchPositions, watch_batches, watch_only
-from .sites import Place, Site, blocks
+from .sites import blocks
 
 # %% ../../nbs/core/10_attach.ipynb #00000007
 class SiteAdapter(nn.Module):
@@ -142,7 +141,7 @@ def check_steering_name(model: nn.Module, name: str) -> str:
         )
     if registry is not None and name in registry.configs:
         raise SteeringError(
-            f"the model has a steering {name!r} already: choose another name, or call remove() on it"
+            f"the model has a steering {name!r} already: choose another name, or remove() that one"
         )
     return name
 

@@ -62,7 +62,7 @@ def describe_base(model: nn.Module) -> dict:
 def _weights_agree(values: list[float], here: list[float]) -> bool:
     "Whether two samples of weights are equal up to the rounding of bfloat16, which has 8 bits."
     size = sum(map(abs, values)) / len(values)
-    return all(abs(a - b) <= abs(b) / 128 + size / 1000 for a, b in zip(here, values))
+    return all(abs(a - b) <= abs(b) / 128 + size / 1000 for a, b in zip(here, values, strict=True))
 
 
 def _differences(found: dict, expected: dict) -> list[str]:

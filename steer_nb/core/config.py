@@ -8,6 +8,7 @@ __all__ = ['INITS', 'SteeringConfig', 'make_config']
 # %% ../../nbs/core/07_config.ipynb #00000002
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from numbers import Integral
 
 from .adapters import check_adapter
@@ -21,7 +22,7 @@ INITS = ("random", "gradient")
 
 def _check_unique(what: str, values: Sequence) -> None:
     "Raise `SteeringError` if one of the sorted values is repeated."
-    repeated = sorted({value for value, next_ in zip(values, values[1:]) if value == next_})
+    repeated = sorted({value for value, after in pairwise(values) if value == after})
     if repeated:
         raise SteeringError(f"{what} are repeated: {', '.join(map(str, repeated))}")
 
@@ -104,7 +105,7 @@ class SteeringConfig:
     def resolved(self, count: int) -> "SteeringConfig":
         """The same configuration with all layers counted from the bottom of `count` blocks.
 
-        Raises `SiteError` for a layer that does not exist, and `SteeringError` if two are the same."""
+        Raises `SiteError` for a layer that does not exist, `SteeringError` if one is repeated."""
         changes = {}
         if self.layers != "all":
             changes["layers"] = [resolve_layer(layer, count) for layer in self.layers]
@@ -121,7 +122,7 @@ class SteeringConfig:
 
 
 def make_config(config: SteeringConfig | None = None, **options: object) -> SteeringConfig:
-    "The configuration, or one made of its fields. Raises `SteeringError` for both, or neither one."
+    "The configuration, or one made of its fields. Raises `SteeringError` if both are given."
     names = [field.name for field in fields(SteeringConfig)]
     for name in options:
         if name not in names:

@@ -192,7 +192,7 @@ def _see_batch(model, args, kwargs):
     batch = model._steer_nb_positions
     kinds = (kind.__name__ for kind in type(model).__mro__)  # FSDP makes a subclass
     names = next(batch.arguments[kind] for kind in kinds if kind in batch.arguments)
-    batch.see({**dict(zip(names, args)), **kwargs})
+    batch.see({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _forget_batch(model, args, output):
@@ -203,7 +203,7 @@ def _forget_batch(model, args, output):
 def _generate(model, *args, **kwargs):
     "The model's own `generate`, with the length of the prompt known meanwhile."
     batch = model._steer_nb_positions
-    given = {**dict(zip(("inputs",), args)), **kwargs}
+    given = {"inputs": args[0], **kwargs} if args else kwargs
     prompts = (given.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
     prompt = next((prompt for prompt in prompts if prompt is not None), None)
     length = 1 if prompt is None else prompt.shape[1]
