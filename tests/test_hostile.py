@@ -1,24 +1,31 @@
-"""Folders of an enemy: each is refused with an error of ours, in bounded time and memory, and the model is then as it was.
+"""Hostile and damaged files: each raises one of our errors, in bounded time and memory.
 
-The bounds: 10 seconds (of the processor) and 512 MiB for one load. Measured are some 70 MiB (a JSON file of 1 MiB, or of 4 MiB where PEFT lists its layers,
-becomes twenty times that as objects of Python) and a second (the same); most take milliseconds and nothing. What the folders ask for is above
-512 MiB: files of 1 and 10 GB, tensors of 10⁹ rows."""
+The model is unchanged afterwards, to the bit.
 
+The bounds of one load are 10 seconds of processor time and 512 MiB. Measured are some 70 MiB and a
+second at most, for a JSON file of 1 MiB (4 MiB where PEFT lists its layers), which becomes twenty
+times as large as Python objects. What the files ask for is above the bounds: files of 1 and 10 GB,
+tensors of 10⁹ rows."""
+
+import contextlib
 import copy
 import json
 import math
 import os
 import pickle
+import resource
 import shutil
+import signal
 import struct
-import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
+import children
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
 from safetensors.torch import load as unpack
@@ -37,17 +44,15 @@ from steer_nb.evaluation.result import Result
 from steer_nb.methods.orthogonal import JointError
 from steer_nb.methods.registry import apply_method, load_method
 from steer_nb.methods.rows import MethodError
-from steer_nb.testing.checks import INPUT_IDS
 from steer_nb.testing.tiny_models import tiny_model
 from steer_nb.training.config import TrainError
 from steer_nb.training.run import Run
 
 OURS = (AdapterError, JointError, MethodError, SiteError, SteeringError, TrainError)
 MODEL = tiny_model("llama").requires_grad_(True)
-SEED, SHARE = (
-    int(os.environ.get("STEER_NB_FUZZ_SEED", 0)),
-    int(os.environ.get("STEER_NB_FUZZ_TIMES", 1)),
-)  # for longer runs by hand
+INPUT_IDS = torch.tensor([[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]])
+SEED = int(os.environ.get("STEER_NB_FUZZ_SEED", 0))  # for longer runs by hand
+TIMES = int(os.environ.get("STEER_NB_FUZZ_TIMES", 1))
 
 
 def randomise(model):
@@ -59,7 +64,7 @@ def randomise(model):
 
 
 def valid_folders(folder: Path) -> dict[str, Path]:
-    "What is saved by us, by name: three steerings and a method of each form on disk."
+    "Valid folders by name: two of steerings, and a method of each form on disk."
     model = copy.deepcopy(MODEL)
     steer(model, SteeringConfig(kind="nonlinear", rank=2, positions="suffix:3", bias=True))
     randomise(model)
@@ -108,7 +113,7 @@ def state(model) -> dict:
 
 
 class Unchanged:
-    "A model that is loaded onto again and again, and must be to the bit what it was after each load that failed."
+    "A model for many loads; each one that fails must leave it bit-identical."
 
     def __init__(self):
         self.model = copy.deepcopy(MODEL)
@@ -137,7 +142,7 @@ def kind_of(name: str) -> str:
     return "steering" if name in ("one", "three") else "method"
 
 
-# What can be done to a folder. Each takes the folder, and leaves it bad.
+# Ways to damage a folder. Each returns a function of the folder.
 
 
 def change(file, *path, value):
@@ -277,7 +282,7 @@ BAD_TENSORS = {
 
 
 def bad_files():
-    "Cases that every file of a kind is put through: (name of the folder, name of the case, what spoils it)."
+    "Damage to any file: (name of the folder, name of the case, function that damages the folder)."
     for name, files in JSON_FILES.items():
         for file in files:
             for case, data in BAD_JSON.items():
@@ -387,7 +392,7 @@ def bad_files():
 
 
 def bad_values():
-    "Cases that are about one value."
+    "Wrong values in otherwise valid files, likewise."
     where = ("steering_config.json", "steerings", "default")
     for field, values in {
         "kind": ["lineer", [], None, "a" * 900_000, {"a": 1}],
@@ -602,55 +607,71 @@ def rename(folder, name, old="default"):
         name if key == old else key: value for key, value in content["steerings"].items()
     }
     config.write_text(json.dumps(content))
-    try:
-        weights.write_bytes(
-            pack(
-                {
-                    f"{name}.{key.split('.', 1)[1]}" if key.startswith(f"{old}.") else key: value
-                    for key, value in stored.items()
-                }
-            )
-        )
-    except Exception:
-        pass  # a name that safetensors cannot write
+    renamed = {
+        f"{name}.{key.split('.', 1)[1]}" if key.startswith(f"{old}.") else key: value
+        for key, value in stored.items()
+    }
+    with contextlib.suppress(Exception):  # a name that safetensors cannot write
+        weights.write_bytes(pack(renamed))
 
 
-# All of them in one process that may not take more memory than it has, and is stopped when it takes too long.
-
-BOUNDED = """
-import json, resource, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-from test_hostile import OURS, Unchanged, kind_of, load
-from pathlib import Path
-cases = json.loads(Path(sys.argv[2]).read_text())
-unchanged = Unchanged()
-for name, good in cases["good"]:                         # whatever is imported or allocated once
-    load(kind_of(name), Unchanged().model, good, **({"stored": "default"} if name == "three" else {}))
-with open("/proc/self/statm") as file: taken = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + (512 << 20), resource.RLIM_INFINITY))
-def stop(*_): raise TimeoutError("a minute")               # it waits for something: what it computes is measured in seconds of the processor
-signal.signal(signal.SIGALRM, stop)
-def memory(): return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("Vm")}     # MiB
-try: open("/proc/self/clear_refs", "w").write("5")       # the peak so far is forgotten
-except OSError: pass
-before = memory()["VmRSS"]
-for number, (name, folder) in enumerate(cases["bad"]):
-    start, outcome, message = time.process_time(), "loaded", ""
-    signal.alarm(60)
-    try: load(kind_of(name), unchanged.model, folder, **({"stored": "default"} if name == "three" else {}))
-    except OURS as error: outcome, message = "refused", str(error)
-    except BaseException as error: outcome = f"{type(error).__name__}: {error}"[:200]
-    signal.alarm(0)
-    seconds = time.process_time() - start
-    if outcome != "loaded":
-        try: unchanged.check()
-        except AssertionError: outcome = f"changed the model, and {outcome}"
-    if outcome != "refused": unchanged = Unchanged()
-    print(json.dumps([number, outcome, seconds, memory()["VmHWM"] - before, message[:1000]]), flush=True)
-"""
+# All of them are loaded in one child process, whose memory is limited.
 
 
-WHY = {  # what some of them must be refused for: otherwise a later check would hide that an earlier one is gone
+def memory() -> dict[str, float]:
+    "This process's memory in MiB, by the names of Linux."
+    with open("/proc/self/status") as file:
+        return {
+            line.split(":")[0]: int(line.split()[1]) / 1024
+            for line in file
+            if line.startswith("Vm")
+        }
+
+
+def load_case(name: str, model, folder: str):
+    stored = {"stored": "default"} if name == "three" else {}
+    return load(kind_of(name), model, folder, **stored)
+
+
+def load_all(path: str) -> None:
+    "Load every folder listed in a file; print the outcome of each, and what it took."
+    cases = json.loads(Path(path).read_text())
+    for name, good in cases["good"]:  # imports and allocates what is needed once
+        load_case(name, Unchanged().model, good)
+    unchanged = Unchanged()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (512 << 20), resource.RLIM_INFINITY))
+
+    def stop(*_):
+        raise TimeoutError("a minute")  # it waits for something that does not come
+
+    signal.signal(signal.SIGALRM, stop)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory()["VmRSS"]
+    for number, (name, folder) in enumerate(cases["bad"]):
+        start, outcome, message = time.process_time(), "loaded", ""
+        signal.alarm(60)
+        try:
+            load_case(name, unchanged.model, folder)
+        except OURS as error:
+            outcome, message = "refused", str(error)
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"[:200]
+        signal.alarm(0)
+        seconds = time.process_time() - start
+        if outcome != "loaded":
+            try:
+                unchanged.check()
+            except AssertionError:
+                outcome = f"changed the model, and {outcome}"
+        if outcome != "refused":
+            unchanged = Unchanged()
+        peak = memory()["VmHWM"] - before
+        print(json.dumps([number, outcome, seconds, peak, message[:1000]]), flush=True)
+
+
+WHY = {  # part of some messages: otherwise a later check would hide that an earlier one is gone
     " 1 GB": "bytes, and at most",
     " 10 GB": "bytes, and at most",
     " header of ": "at most",
@@ -664,7 +685,7 @@ WHY = {  # what some of them must be refused for: otherwise a later check would 
     "deep objects": "levels deep",
     "deep after": "levels deep",
     "same key twice": "a key is there twice",
-    "named '": "whose name is not a word",
+    "named '": "whose name is not 1 to 64",
     "option rank 32": "and the files have",
     "option rank 1000000000": "the largest rank",
     "rank 10⁹": "the largest rank",
@@ -676,75 +697,81 @@ WHY = {  # what some of them must be refused for: otherwise a later check would 
 ELSE = {
     "one": (),
     "three": ("not a whole safetensors file",),
-}  # with other steerings in it a file may be large; of a method the sizes of all files are looked at first
+}  # with other steerings in it a file may be large; of a method the sizes of all files come first
+FEW = {  # with one reader of JSON and one of tensors, these are enough for the other folders
+    "deep lists",
+    "not UTF-8",
+    "a list",
+    "1 GB",
+    "bfloat16",
+    "nan",
+    "row more",
+    "missing",
+    "extra",
+    "cut at 4/8",
+    "header of 1000000000",
+    "10 GB",
+    "overlap",
+    "a pipe",
+    "a link to /etc/passwd",
+    "a link to the same outside",
+}
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux here")
-def test_hostile_folders_are_refused_within_bounds(valid, tmp_path):
-    "Every case above, with what it took."
+def hostile_cases(every: bool):
+    "All cases, or all for one folder and a few for the others."
+    for name, case, spoil in bad_files():
+        if every or name == "one" or case.split(" ", 1)[1] in FEW:
+            yield name, case, spoil
+    yield from bad_values()
+
+
+def lacks_reason(name: str, case: str, message: str) -> bool:
+    "Whether the message does not name the reason that `WHY` expects."
+    others = ELSE.get(name, ("and the files have",))
+    return any(
+        part in case and not any(right in message for right in (why, *others))
+        for part, why in WHY.items()
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by Linux here")
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_hostile_folders_are_refused_within_bounds(valid, tmp_path, every):
     cases = []
-    for number, (name, case, spoil) in enumerate([*bad_files(), *bad_values()]):
+    for number, (name, case, spoil) in enumerate(hostile_cases(every)):
         folder = tmp_path / str(number)
         shutil.copytree(valid[name], folder)
         spoil(folder)
         cases.append((name, case, str(folder)))
-    (tmp_path / "bounded.py").write_text(BOUNDED)
-    (tmp_path / "cases.json").write_text(
-        json.dumps(
-            {
-                "good": [(name, str(path)) for name, path in valid.items()],
-                "bad": [(name, folder) for name, _, folder in cases],
-            }
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, tmp_path / "bounded.py", Path(__file__).parent, tmp_path / "cases.json"],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-            ),
-        },
-    )
+    good = [(name, str(path)) for name, path in valid.items()]
+    bad = [(name, folder) for name, _, folder in cases]
+    (tmp_path / "cases.json").write_text(json.dumps({"good": good, "bad": bad}))
+    done = children.run(load_all, str(tmp_path / "cases.json"), timeout=900)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    wrong = [(cases[number][:2], outcome) for number, outcome, *_ in found if outcome != "refused"]
-    wrong += [
-        (cases[number][:2], message)
+    wrong = [
+        (*cases[number][:2], outcome, message)
         for number, outcome, _, _, message in found
-        for part, why in WHY.items()
-        if part in cases[number][1]
-        and not any(
-            right in message
-            for right in (why, *ELSE.get(cases[number][0], ("and the files have",)))
-        )
+        if outcome != "refused" or lacks_reason(*cases[number][:2], message)
     ]
-    slowest, memory = max(found, key=lambda one: one[2]), found[-1][3]
-    print(
-        f"{len(found)} hostile folders: the slowest took {slowest[2]:.1f} s ({' '.join(cases[slowest[0]][:2])}), {memory:.0f} MiB more at the peak"
-    )
     assert not wrong, wrong
-    assert len(found) == len(cases) and done.returncode == 0, (
-        cases[len(found)][:2],
-        done.stderr[-2000:],
-    )
-    assert slowest[2] < 10 and memory < 512
+    assert len(found) == len(cases) and done.returncode == 0, done.stderr[-2000:]
+    slowest, peak = max(found, key=lambda one: one[2]), found[-1][3]
+    name = " ".join(cases[slowest[0]][:2])
+    print(f"{len(found)} folders: {slowest[2]:.1f} s at most ({name}), {peak:.0f} MiB at the peak")
+    assert slowest[2] < 10 and peak < 512
 
 
 # The same kinds of file elsewhere
 
 
-@pytest.mark.parametrize("case", BAD_JSON)
-def test_records_are_read_with_the_same_care(tmp_path, case):
-    for cls, error in ((Run, TrainError), (Result, EvaluateError)):
-        path = tmp_path / "record.json"
-        path.write_bytes(BAD_JSON[case])
-        with pytest.raises(error):
-            cls.load(path)
+def test_records_are_read_by_the_same_reader(tmp_path):
+    path = tmp_path / "record.json"
+    for data in BAD_JSON.values():
+        path.write_bytes(data)
+        for cls, error in ((Run, TrainError), (Result, EvaluateError)):
+            with pytest.raises(error):
+                cls.load(path)
 
 
 def test_records_that_are_pipes_or_links_or_large(tmp_path):
@@ -821,7 +848,7 @@ PICKLES = (
 
 
 def test_the_bomb_works(tmp_path):
-    "Otherwise the next tests show nothing."
+    "Unpickling does run code: the next tests would notice it."
     for number in range(3):
         bombs(tmp_path, tmp_path / "ran", *["unused"] * number, "bomb")
         if number < 2:
@@ -833,7 +860,7 @@ def test_the_bomb_works(tmp_path):
 
 @pytest.mark.parametrize("name", ["one", "bitfit", "lora", "joint"])
 def test_nothing_is_unpickled(valid, tmp_path, name):
-    "Not beside the files, not in place of them, and not under their names."
+    "Pickles beside the files, in place of them, and under their names."
     beside, went_off = tmp_path / "beside", tmp_path / "ran"
     shutil.copytree(valid[name], beside)
     bombs(beside, went_off, *PICKLES)
@@ -856,7 +883,7 @@ def test_nothing_is_unpickled(valid, tmp_path, name):
 
 
 def test_peft_reads_and_fetches_nothing(valid, tmp_path, monkeypatch):
-    "Whatever its configuration names: modules to import, another model, another file. It is compared, and PEFT does not get to see it."
+    "The stored configuration is compared, and PEFT never reads it, whatever it names."
     import socket
 
     from peft import PeftConfig
@@ -949,7 +976,7 @@ def without_weights(folder):
 
 
 def real_pickle(folder):
-    "Pickled weights that are what they should be: refused as well, for who looks inside has run them."
+    "Valid pickled weights: an error as well, since looking inside would run them."
     without_weights(folder)
     torch.save(MODEL.state_dict(), folder / "pytorch_model.bin")
 
@@ -1053,7 +1080,7 @@ def test_a_model_folder_is_not_trusted(whole, tmp_path, case):
 
 
 def test_code_for_a_known_type_is_passed_over(whole, tmp_path):
-    "The folder loads with the class of transformers, and neither its code nor the pickles beside the weights are run."
+    "The folder loads with the class of transformers; its code and its pickles are not run."
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     bombs(folder, tmp_path / "ran", "pytorch_model.bin", "training_args.bin")
@@ -1119,7 +1146,7 @@ DTYPES = (
 
 
 def damaged_bytes(draw, data: bytes) -> bytes:
-    "Bytes flipped, cut off, taken out or put in, at the front (the header) more often than elsewhere."
+    "Bytes flipped, cut off, taken out or put in, more often at the front, where the header is."
     data = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, min(len(data), 200)) | st.integers(0, len(data)))
@@ -1316,7 +1343,7 @@ def damaged(draw, folders):
 
 
 def loaded_tensors(loaded) -> dict[str, dict[str, torch.Tensor]]:
-    "What a load has put into the model, by the file and the name there."
+    "The tensors that a load has put into the model, by their file and their name there."
     model, found = (
         loaded.model,
         {"steering.safetensors": {}, "adapter_model.safetensors": {}, "trainable.safetensors": {}},
@@ -1341,16 +1368,11 @@ def loaded_tensors(loaded) -> dict[str, dict[str, torch.Tensor]]:
 
 
 class Fuzz:
-    "Loads what was damaged, and counts."
+    "Loads damaged folders, and counts."
 
     def __init__(self, folder):
-        self.folder, self.unchanged, self.cases, self.loaded, self.finite = (
-            folder,
-            Unchanged(),
-            0,
-            0,
-            0,
-        )
+        self.folder, self.unchanged = folder, Unchanged()
+        self.cases = self.loaded = self.finite = 0
 
     def __call__(self, name, files):
         self.cases += 1
@@ -1359,12 +1381,7 @@ class Fuzz:
         for file, data in files.items():
             (self.folder / file).write_bytes(data)
         try:
-            loaded = load(
-                kind_of(name),
-                self.unchanged.model,
-                self.folder,
-                **({"stored": "default"} if name == "three" else {}),
-            )
+            loaded = load_case(name, self.unchanged.model, self.folder)
         except OURS:
             return self.unchanged.check()
         except BaseException:
@@ -1376,7 +1393,7 @@ class Fuzz:
             self.unchanged = Unchanged()
 
     def compare(self, loaded, files):
-        "What is in the model is what is in the files, all of it, and the model computes."
+        "The model has exactly the tensors of the files, and its logits are finite."
         self.loaded += 1
         mild, model = True, loaded.model.eval()
         for file, tensors in loaded_tensors(loaded).items():
@@ -1397,24 +1414,24 @@ class Fuzz:
             mild
             and max(strengths, default=0) <= 100
             and abs(getattr(loaded, "options", {}).get("alpha") or 0) <= 1000
-        ):  # beyond, float32 may overflow by right
+        ):  # beyond, float32 may overflow
             self.finite += 1
             assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind, count", [("steering", 1200), ("method", 1200)])
+@pytest.mark.parametrize("kind", ["steering", "method"])
+@pytest.mark.parametrize("count", [100, pytest.param(1200, marks=pytest.mark.slow)])
 def test_fuzz(valid, tmp_path, kind, count):
-    """Either it loads, and all is as the files say, or one of our errors comes and the model is as it was.
+    """A damaged folder loads as its files describe, or raises an error of ours and changes nothing.
 
-    The same cases each time. STEER_NB_FUZZ_SEED=7 makes others, STEER_NB_FUZZ_TIMES=10 ten times as many."""
-    from hypothesis import seed
-
+    The same cases each time. STEER_NB_FUZZ_SEED=7 makes others, STEER_NB_FUZZ_TIMES=10 ten times
+    as many."""
     folders = {
         name: {file.name: file.read_bytes() for file in path.iterdir()}
         for name, path in valid.items()
         if kind_of(name) == kind
     }
-    fuzz, count = Fuzz(tmp_path / "damaged"), count * SHARE
+    fuzz, count = Fuzz(tmp_path / "damaged"), count * TIMES
 
     @settings(
         max_examples=count,
@@ -1431,7 +1448,5 @@ def test_fuzz(valid, tmp_path, kind, count):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about odd options
         (seed(SEED)(run) if SEED else run)()
-    print(
-        f"{kind}: {fuzz.cases} damaged folders, {fuzz.loaded} loaded as their files say, {fuzz.finite} of them within bounds for finite logits, the rest refused"
-    )
+    print(f"{kind}: {fuzz.cases} folders, {fuzz.loaded} loaded, {fuzz.finite} checked for finite")
     assert fuzz.cases >= count and fuzz.loaded > count / 50

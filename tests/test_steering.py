@@ -1,18 +1,21 @@
-"What a steered model must still do, with the real thing each time: compile, Trainer, PEFT, beam search, another process."
+"""Steered models with the software around them: compile, Trainer, PEFT, beam search, processes.
+
+Each result is compared with plain hooks, or with the same computation made another way."""
 
 import copy
+import functools
 import json
 import pickle
-import subprocess
-import sys
 
+import children
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from steer_nb.core.adapters import KINDS
 from steer_nb.core.config import SteeringConfig
-from steer_nb.core.errors import SteeringError
+from steer_nb.core.errors import SteerError, SteeringError
 from steer_nb.core.hooks import capture, edit
 from steer_nb.core.loading import load_steering
 from steer_nb.core.positions import prompt_ends
@@ -79,7 +82,7 @@ def expected_columns(positions, prompt, length):
 @pytest.mark.parametrize("site", ["block", "mlp", "attn", "heads"])
 @pytest.mark.parametrize("positions", EVERY_POSITIONS)
 def test_positions_in_a_padded_batch_equal_single_examples(positions, site, side):
-    "Labels, padding on either side: each row equals the example alone, steered by a plain hook at columns chosen by hand."
+    "Each padded row equals its example alone, steered by a plain hook at columns chosen by hand."
     model, bare = tiny().double(), tiny().double()
     steering = randomise(
         steer(model, SteeringConfig(site=site, rank=2, layers=[1], positions=positions)), 1
@@ -107,7 +110,7 @@ def test_positions_in_a_padded_batch_equal_single_examples(positions, site, side
         chosen[expected_columns(positions, prompt, len(tokens))] = 1
         if site == "heads":
 
-            def change(module, args):
+            def change(module, args, chosen=chosen):
                 heads = args[0].unflatten(-1, (4, 8))
                 return (args[0] + chosen * adapter(heads).flatten(-2),)
 
@@ -115,7 +118,7 @@ def test_positions_in_a_padded_batch_equal_single_examples(positions, site, side
         else:
             module = {"block": block, "mlp": block.mlp, "attn": block.self_attn}[site]
 
-            def change(module, args, output):
+            def change(module, args, output, chosen=chosen):
                 h = output[0] if isinstance(output, tuple) else output
                 new = h + chosen * adapter(h)
                 return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -166,22 +169,23 @@ def test_generate_is_forgotten_after_an_error():
     model = tiny()
     randomise(steer(model, SteeringConfig(positions="last")), 1)
     before = model(INPUT).logits
-    with pytest.raises(Exception):
+    with pytest.raises(IndexError):  # a token that does not exist
         model.generate(input_ids=torch.tensor([[500]]), max_new_tokens=2)
     assert torch.equal(model(INPUT).logits, before)
 
 
-@pytest.mark.parametrize("positions", ["all", "last"])
-def test_compile_has_no_graph_break(positions):
+def test_compile_has_no_graph_break():
+    "One compilation of a model with a plain steering, one with positions and one of some heads."
     model = tiny()
-    randomise(steer(model, SteeringConfig(positions=positions)))
+    randomise(steer(model))
+    randomise(steer(model, positions="last", name="last"))
+    randomise(steer(model, kind="jola", site="heads", heads=HEADS, name="heads"))
     expected = model(INPUT, use_cache=False).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(
-            compiled(INPUT, use_cache=False).logits, expected, atol=1e-5
-        )  # other order of sums
+        logits = compiled(INPUT, use_cache=False).logits
+    assert torch.allclose(logits, expected, atol=1e-5)  # another order of sums
 
 
 def test_autocast_and_half_precision():
@@ -202,7 +206,7 @@ def test_autocast_and_half_precision():
 
 
 def test_device_map_with_weights_on_disk(tmp_path):
-    "Accelerate's dispatch, one block's weights on disk: its adapter lives where the block computes, and is saved and loaded as ever."
+    "One block's weights are on disk: its adapter is where the block computes."
     tiny().save_pretrained(tmp_path / "model")
     places = {
         name: "cpu"
@@ -338,25 +342,23 @@ def test_order_of_several_steerings():
     assert torch.equal(model(INPUT).logits, bare(INPUT).logits)
 
 
+def logits_of_saved(folder: str) -> None:
+    "In another process: load a saved model and a saved steering, and print the logits."
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
+    load_steering(model, f"{folder}/steering")
+    print(json.dumps(model(INPUT).logits.tolist()))
+
+
 def test_saved_here_loaded_in_another_process(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    randomise(
-        steer(model, SteeringConfig(kind="nonlinear", positions="suffix:3", site="heads", rank=2))
-    ).save(tmp_path / "steering")
-    torch.save(model(INPUT).logits, tmp_path / "logits.pt")
-    script = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-from steer_nb.core.loading import load_steering
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()
-load_steering(model, sys.argv[1] + "/steering")
-assert torch.equal(model(torch.arange(24).view(2, 12) + 3).logits, torch.load(sys.argv[1] + "/logits.pt"))
-"""
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    assert not any(
-        str(tmp_path) in path.read_text() for path in (tmp_path / "steering").glob("*.json")
-    )
+    config = SteeringConfig(kind="nonlinear", positions="suffix:3", site="heads", rank=2)
+    randomise(steer(model, config)).save(tmp_path / "steering")
+    done = children.run(logits_of_saved, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == model(INPUT).logits.tolist()
+    config_file = (tmp_path / "steering" / "steering_config.json").read_text()
+    assert str(tmp_path) not in config_file
 
 
 def test_a_failed_steer_leaves_no_trace():
@@ -409,7 +411,7 @@ def test_prompt_ends_nests_and_ends():
 
 
 def test_checkpointing_uses_the_masks_of_its_own_pass():
-    "Inner sites are computed again in the backward pass, with the positions of the pass that it belongs to."
+    "Sites inside a block are computed again in the backward pass, with the masks of its pass."
     early, late = INPUT.clone(), INPUT.clone()
     early[:, :2], late[:, :5] = -100, -100
 
@@ -493,7 +495,7 @@ HEADS = [(2, 3), (0, 1), (2, 0)]
 @pytest.mark.parametrize("positions", ["all", "suffix:3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_heads_equal_a_hook_by_hand(kind, positions):
-    "Each chosen head is shifted by its own row of the adapter, at the columns chosen by hand; the others keep their bits."
+    "Each chosen head is shifted by its row of the adapter; the others are bit-identical."
     model, bare = (
         tiny(num_key_value_heads=2).double(),
         tiny(num_key_value_heads=2).double(),
@@ -555,7 +557,7 @@ def test_heads_in_half_precision(kind):
             heads=[(layer, head) for layer in range(3) for head in range(4)],
         ),
     )
-    for mine, other in zip(same.parameters(), whole.parameters()):
+    for mine, other in zip(same.parameters(), whole.parameters(), strict=True):
         mine.data.copy_(other)
     assert torch.equal(
         model(INPUT).logits, every(INPUT).logits
@@ -585,18 +587,6 @@ def test_heads_under_gradient_checkpointing(kind, positions):
 
     plain = gradients(False)
     assert plain.abs().sum() > 0 and torch.allclose(plain, gradients(True), atol=1e-7)
-
-
-def test_compile_with_heads_has_no_graph_break():
-    model = tiny()
-    randomise(steer(model, SteeringConfig(kind="jola", site="heads", heads=HEADS)))
-    expected = model(INPUT, use_cache=False).logits
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(
-            INPUT, use_cache=False
-        ).logits
-    assert torch.allclose(compiled, expected, atol=1e-5)  # other order of sums
 
 
 @pytest.mark.parametrize("heads", [None, HEADS])
@@ -696,7 +686,7 @@ def test_heads_that_start_from_the_gradient():
 
 @pytest.mark.parametrize("heads", [None, [(0, 1), (1, 3)]])
 def test_heads_steered_after_peft_reach_the_lora(heads):
-    "The LoRA branch of the output projection reads the steered heads too: as in a model into which the LoRA is merged."
+    "The LoRA of the output projection reads the steered heads, as if it were merged."
     from peft import LoraConfig, get_peft_model
 
     from steer_nb.testing.tiny_models import tiny_model
@@ -736,18 +726,82 @@ def test_heads_steered_after_peft_reach_the_lora(heads):
     assert torch.allclose(steered, expected, atol=1e-6) and (steered - base).abs().max() > 1e-2
     with steering.disabled(), edit(adapted, {site: shift(site) for site in steering.adapters}):
         assert torch.allclose(adapted(input_ids=INPUT).logits, expected, atol=1e-6)
-    # had only the base weight read the shift, the logits would be others: here the hook is inside the LoRA layer
-    handles = [
-        block.self_attn.o_proj.base_layer.register_forward_pre_hook(
-            lambda module, args, change=shift(Site(layer, "heads")): (
-                change(args[0].unflatten(-1, (4, -1))).flatten(-2),
-            )
-        )
-        for layer, block in enumerate(adapted.get_base_model().model.layers)
-    ]
+    # with hooks inside the LoRA layer, only the base weight reads the shift: other logits
+    handles = []
+    for layer, block in enumerate(adapted.get_base_model().model.layers):
+
+        def base_only(module, args, change=None):
+            return (change(args[0].unflatten(-1, (4, -1))).flatten(-2),)
+
+        hook = functools.partial(base_only, change=shift(Site(layer, "heads")))
+        projection = block.self_attn.o_proj.base_layer
+        handles.append(projection.register_forward_pre_hook(hook))
     with steering.disabled():
         assert (adapted(input_ids=INPUT).logits - expected).abs().max() > 1e-3
     for handle in handles:
         handle.remove()
     steering.remove()
     assert torch.equal(adapted(input_ids=INPUT).logits, base)
+
+
+def test_options_as_keywords_and_negative_layers(tmp_path):
+    model = tiny()
+    steering = steer(model, kind="vector", layers=[-1, np.int64(0)], rank=np.int64(4))
+    assert steering.config == SteeringConfig(kind="vector", layers=[0, 2], rank=4)
+    assert list(steering.adapters) == [Site(0, "block"), Site(2, "block")]
+    randomise(steering).save(tmp_path)
+    stored = json.loads((tmp_path / "steering_config.json").read_text())
+    assert stored["steerings"]["default"]["layers"] == [0, 2]
+    with torch.no_grad(), capture(model, layers=[-1]) as acts:
+        expected = model(INPUT).logits
+    assert list(acts) == [Site(2, "block")]
+    steering.remove()
+    vectors = {
+        Site(layer, "block"): p for layer, p in zip((0, -1), load_vectors(tmp_path), strict=True)
+    }
+    with torch.no_grad(), edit(model, {s: lambda h, v=v: h + v for s, v in vectors.items()}):
+        assert torch.equal(model(INPUT).logits, expected)
+    heads = steer(tiny(), site="heads", rank=2, heads=[(-1, 3), (0, 1)])
+    assert heads.config.heads == ((0, 1), (2, 3))
+
+
+def load_vectors(folder):
+    return [a.vector.data for a in load_steering(tiny(), folder).adapters.values()]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(layer=[1]), "did you mean 'layers'"),
+        (dict(config=SteeringConfig(), rank=4), "pass one of the two"),
+        (dict(config="vector"), "config is a SteeringConfig"),
+        (dict(layers=[-4]), "layers 0 to 2"),
+        (dict(layers=[-1, 2]), "layers are repeated: 2"),
+        (dict(layers=[True]), "layer is True"),
+        (dict(rank=10**400), "rank 1000"),
+    ],
+)
+def test_wrong_options_are_errors_of_ours(options, message):
+    model = tiny()
+    with pytest.raises(SteerError, match=message):
+        steer(model, **options)
+    assert not steerings(model)
+
+
+def test_a_removed_steering_has_a_repr():
+    steering = steer(tiny())
+    steering.remove()
+    assert repr(steering) == "Steering 'default', removed from the model"
+    for use in (lambda: steering.num_parameters, lambda: steering.strength, steering.remove):
+        with pytest.raises(SteeringError, match="was removed"):
+            use()
+
+
+def test_a_negative_layer_in_a_file_is_refused(tmp_path):
+    steer(tiny(), kind="vector", layers=[2]).save(tmp_path)
+    path = tmp_path / "steering_config.json"
+    content = json.loads(path.read_text())
+    content["steerings"]["default"]["layers"] = [-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SteeringError, match="negative layer"):
+        load_steering(tiny(), tmp_path)

@@ -7,6 +7,7 @@ __all__ = ['ACTIVATIONS', 'STRETCH', 'TEMPERATURE', 'KINDS', 'AdapterError', 'Ad
            'Nonlinear', 'Full', 'LoReFT', 'DiReFT', 'Scale', 'JoLA', 'check_adapter', 'make_adapter', 'adapter_size']
 
 # %% ../../nbs/core/03_adapters.ipynb #00000002
+import copy
 import math
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from .errors import SteerError, check_choice, check_number
 
-# %% ../../nbs/core/03_adapters.ipynb #00000004
+# %% ../../nbs/core/03_adapters.ipynb #00000007
 class AdapterError(SteerError):
     "An adapter that cannot be made, or cannot hold what it is given."
 
@@ -29,11 +30,6 @@ class Adapter(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
 
-    @classmethod
-    def size(cls, shape: tuple[int, ...], rank: int = 8, bias: bool = False) -> int:
-        "The number of parameters of an adapter of this class, by formula."
-        raise NotImplementedError
-
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         "The shift for activations `h` of shape (…, *shape); the same shape and dtype."
         raise NotImplementedError
@@ -42,8 +38,16 @@ class Adapter(nn.Module):
         """`up`, `down` and `constant`, where the shift is `up @ (down @ h) + constant`.
 
         Shapes: (width, rank), (rank, width) and (width,), each with the heads in front at `heads`;
-        float64, on the CPU. Raises `AdapterError` if the shift is not an affine map of h."""
-        raise AdapterError(f"the shift of {type(self).__name__} is not an affine map")
+        float64, on the CPU, in evaluation mode. Raises `AdapterError` if the shift is not affine in
+        h."""
+        exact = copy.deepcopy(self).to("cpu", torch.float64).eval()
+        identity = torch.eye(self.shape[-1], dtype=torch.float64)
+        unit = identity.reshape(-1, *[1] * (len(self.shape) - 1), self.shape[-1])
+        with torch.no_grad():
+            constant = exact(torch.zeros(self.shape, dtype=torch.float64))
+            columns = exact(unit.expand(-1, *self.shape)) - constant
+        up = columns.movedim(0, -1)
+        return up, identity.expand_as(up), constant.clone()
 
     def set_affine(
         self, up: torch.Tensor, down: torch.Tensor, constant: torch.Tensor | None = None
@@ -65,13 +69,7 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
     "A copy in float64 on the CPU."
     return tensor.detach().to("cpu", torch.float64, copy=True)
 
-
-def _diagonal_map(scale: torch.Tensor, constant: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    "The affine map scale ⊙ h + constant as (up, down, constant)."
-    identity = torch.eye(scale.shape[-1], dtype=scale.dtype).expand(*scale.shape, -1)
-    return torch.diag_embed(scale), identity, constant
-
-# %% ../../nbs/core/03_adapters.ipynb #00000006
+# %% ../../nbs/core/03_adapters.ipynb #00000009
 class Vector(Adapter):
     "Δh = v: the same shift for every token."
 
@@ -83,17 +81,6 @@ class Vector(Adapter):
         "The vector, for every token of `h`."
         return self.vector.to(h.dtype).expand_as(h)
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "One number for each of the activation."
-        return math.prod(shape)
-
-    def affine(self):
-        "A map of rank 0, and the vector as its constant."
-        constant = _exact(self.vector)
-        empty = constant.new_zeros(*self.shape, 0)
-        return empty, empty.mT, constant
-
     @torch.no_grad()
     def set_affine(self, up, down, constant=None):
         "Take the constant. Raises `AdapterError` if up @ down is not zero."
@@ -101,15 +88,13 @@ class Vector(Adapter):
             raise AdapterError("Vector holds a constant: up @ down must be zero")
         self.vector.copy_(torch.zeros(self.shape) if constant is None else constant)
 
-# %% ../../nbs/core/03_adapters.ipynb #00000008
+# %% ../../nbs/core/03_adapters.ipynb #0000000b
 class Linear(Adapter):
     "Δh = U D h, with an optional bias: a rank-`rank` map (arXiv 2603.00425)."
 
     has_rank = True
 
-    def __init__(
-        self, shape, rank: int, bias: bool = False, generator: torch.Generator | None = None
-    ):
+    def __init__(self, shape, rank: int, bias: bool = False, generator=None):
         super().__init__(shape)
         *heads, width = shape
         bound = 1 / math.sqrt(width)
@@ -128,11 +113,6 @@ class Linear(Adapter):
         shift = apply_matrix(self.inner(apply_matrix(h, self.down)), self.up)
         return shift if self.bias is None else shift + self.bias.to(h.dtype)
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "2 rank · width for each head, and the bias."
-        return math.prod(shape) * (2 * rank + bias)
-
     def affine(self):
         "U, D and the bias."
         bias = torch.zeros(self.shape) if self.bias is None else self.bias
@@ -147,9 +127,8 @@ class Linear(Adapter):
         Raises `AdapterError` for a higher rank, or for a constant where there is no bias."""
         rank = down.shape[-2]
         if rank > self.down.shape[-2]:
-            raise AdapterError(
-                f"a map of rank {rank} does not fit an adapter of rank {self.down.shape[-2]}"
-            )
+            most = self.down.shape[-2]
+            raise AdapterError(f"a map of rank {rank} does not fit an adapter of rank {most}")
         if self.bias is None and constant is not None and constant.any():
             raise AdapterError("the map has a constant, and this adapter no bias: pass bias=True")
         left, values, right = torch.linalg.svd(down, full_matrices=False)
@@ -160,21 +139,14 @@ class Linear(Adapter):
         if self.bias is not None:
             self.bias.copy_(torch.zeros(self.shape) if constant is None else constant)
 
-# %% ../../nbs/core/03_adapters.ipynb #00000009
+# %% ../../nbs/core/03_adapters.ipynb #0000000c
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 
 
 class Nonlinear(Linear):
     "Δh = U φ(D h), with an optional bias (arXiv 2603.00425)."
 
-    def __init__(
-        self,
-        shape,
-        rank: int,
-        bias: bool = False,
-        activation: str = "silu",
-        generator: torch.Generator | None = None,
-    ):
+    def __init__(self, shape, rank: int, bias=False, activation="silu", generator=None):
         super().__init__(shape, rank, bias, generator)
         self.activation = activation
 
@@ -182,9 +154,13 @@ class Nonlinear(Linear):
         "φ of what was read."
         return ACTIVATIONS[self.activation](read)
 
-    affine, set_affine = Adapter.affine, Adapter.set_affine  # not affine: raise the error again
+    def affine(self):
+        "Raises `AdapterError`."
+        raise AdapterError("the shift of a nonlinear adapter is not an affine map")
 
-# %% ../../nbs/core/03_adapters.ipynb #0000000b
+    set_affine = Adapter.set_affine  # which raises, too
+
+# %% ../../nbs/core/03_adapters.ipynb #0000000e
 class Full(Adapter):
     "Δh = M h: every linear map, for comparison."
 
@@ -196,17 +172,6 @@ class Full(Adapter):
         "M h."
         return apply_matrix(h, self.matrix)
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "width² for each head."
-        return math.prod(shape) * shape[-1]
-
-    def affine(self):
-        "M as `up`, the identity as `down`."
-        matrix = _exact(self.matrix)
-        identity = torch.eye(self.shape[-1], dtype=matrix.dtype).expand_as(matrix)
-        return matrix, identity, matrix.new_zeros(self.shape)
-
     @torch.no_grad()
     def set_affine(self, up, down, constant=None):
         "Take up @ down. Raises `AdapterError` for a constant, which it cannot hold."
@@ -214,7 +179,7 @@ class Full(Adapter):
             raise AdapterError("Full has no bias: the constant must be zero")
         self.matrix.copy_(up @ down)
 
-# %% ../../nbs/core/03_adapters.ipynb #0000000d
+# %% ../../nbs/core/03_adapters.ipynb #00000010
 class LoReFT(Adapter):
     """Δh = Rᵀ(W h + b − R h), the rows of R orthonormal (arXiv 2404.03592).
 
@@ -222,7 +187,7 @@ class LoReFT(Adapter):
 
     has_rank = True
 
-    def __init__(self, shape, rank: int, generator: torch.Generator | None = None):
+    def __init__(self, shape, rank: int, generator=None):
         super().__init__(shape)
         *heads, width = shape
         self.rotation = nn.Parameter(torch.empty(*heads, rank, width).normal_(generator=generator))
@@ -242,11 +207,6 @@ class LoReFT(Adapter):
         R = self.R
         return apply_matrix(apply_matrix(h, self.weight - R) + self.bias.to(h.dtype), R.mT)
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "2 rank · width + rank for each head."
-        return math.prod(shape[:-1]) * rank * (2 * shape[-1] + 1)
-
     def affine(self):
         "Rᵀ, W − R and Rᵀ b."
         R, weight, bias = _exact(self.R), _exact(self.weight), _exact(self.bias)
@@ -259,15 +219,15 @@ class LoReFT(Adapter):
             self.weight.data.copy_(self.R.detach())
         return self
 
-# %% ../../nbs/core/03_adapters.ipynb #0000000f
+# %% ../../nbs/core/03_adapters.ipynb #00000012
 class DiReFT(Adapter):
-    """Δh = W₂ᵀ(W₁ h + b): LoReFT without the orthonormal rows and the difference (arXiv 2404.03592).
+    """Δh = W₂ᵀ(W₁ h + b): LoReFT without orthonormal rows and the difference (arXiv 2404.03592).
 
     b, of size rank, is always there."""
 
     has_rank = True
 
-    def __init__(self, shape, rank: int, generator: torch.Generator | None = None):
+    def __init__(self, shape, rank: int, generator=None):
         super().__init__(shape)
         *heads, width = shape
         bound = 1 / math.sqrt(width)
@@ -281,17 +241,7 @@ class DiReFT(Adapter):
         "W₂ᵀ(W₁ h + b)."
         return apply_matrix(apply_matrix(h, self.weight) + self.bias.to(h.dtype), self.project.mT)
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "2 rank · width + rank for each head."
-        return math.prod(shape[:-1]) * rank * (2 * shape[-1] + 1)
-
-    def affine(self):
-        "W₂ᵀ, W₁ and W₂ᵀ b."
-        up, bias = _exact(self.project).mT, _exact(self.bias)
-        return up, _exact(self.weight), (up @ bias[..., None])[..., 0]
-
-# %% ../../nbs/core/03_adapters.ipynb #00000011
+# %% ../../nbs/core/03_adapters.ipynb #00000014
 class Scale(Adapter):
     """Δh = s ⊙ h: each number of the activation times its own factor 1 + s.
 
@@ -305,17 +255,7 @@ class Scale(Adapter):
         "s ⊙ h."
         return self.scale.to(h.dtype) * h
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "One number for each of the activation."
-        return math.prod(shape)
-
-    def affine(self):
-        "A diagonal matrix as `up`, the identity as `down`."
-        scale = _exact(self.scale)
-        return _diagonal_map(scale, torch.zeros_like(scale))
-
-# %% ../../nbs/core/03_adapters.ipynb #00000013
+# %% ../../nbs/core/03_adapters.ipynb #00000016
 STRETCH = (-0.1, 1.1)  # of HardConcrete, as in arXiv 2502.01179 and arXiv 1712.01312
 TEMPERATURE = 0.33  # likewise
 
@@ -353,20 +293,7 @@ class JoLA(Adapter):
         vector = self.gate(self.gate_add) * self.vector
         return scale.to(h.dtype) * h + vector.to(h.dtype)
 
-    @classmethod
-    def size(cls, shape, rank=8, bias=False):
-        "A vector, a scale and two gates for each head."
-        return math.prod(shape[:-1]) * 2 * (shape[-1] + 1)
-
-    def affine(self):
-        "With the fixed gates of evaluation mode. Raises `AdapterError` in training mode."
-        if self.training:
-            raise AdapterError("the gates of JoLA are random in training: call eval() first")
-        scale = self.gate(self.gate_scale) * self.scale
-        vector = self.gate(self.gate_add) * self.vector
-        return _diagonal_map(_exact(scale), _exact(vector))
-
-# %% ../../nbs/core/03_adapters.ipynb #00000015
+# %% ../../nbs/core/03_adapters.ipynb #00000018
 KINDS = {
     "vector": Vector,
     "linear": Linear,
@@ -409,6 +336,7 @@ def make_adapter(
 
 
 def adapter_size(kind: str, shape: tuple[int, ...], rank: int = 8, bias: bool = False) -> int:
-    "The number of parameters of an adapter, by formula; `shape` as in `make_adapter`."
-    check_adapter(kind, rank, "silu")
-    return KINDS[kind].size(shape, rank, bias)
+    "The number of parameters of the adapter that `make_adapter` would make. Uses no memory."
+    with torch.device("meta"):
+        adapter = make_adapter(kind, shape, rank, bias=bias)
+    return sum(parameter.numel() for parameter in adapter.parameters())

@@ -53,8 +53,8 @@ def check_number(
     if value is None and optional:
         return
     kind = numbers.Integral if whole else numbers.Real
-    valid = isinstance(value, kind) and not isinstance(value, bool)
-    if valid and math.isfinite(value) and low <= value <= high and not (above and value == low):
+    valid = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+    if valid and low <= value <= high and not (above and value == low):
         return
     limits = [f"{'above' if above else 'from'} {low}"] if low > -math.inf else []
     limits += [f"to {high}"] if high < math.inf else []

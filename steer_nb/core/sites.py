@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SITES', 'TOWERS', 'ROLES', 'POST_NORMS', 'SCALES', 'OUTPUT_PROJECTIONS', 'HEAD_COUNTS', 'LAYOUTS', 'SiteError',
-           'check_place', 'Site', 'blocks', 'hidden_size', 'block_parts', 'projection_inputs', 'Place', 'locate',
-           'activation_shape', 'available_sites']
+           'check_place', 'resolve_layer', 'Site', 'blocks', 'hidden_size', 'block_parts', 'projection_inputs', 'Place',
+           'locate', 'activation_shape', 'available_sites']
 
 # %% ../../nbs/core/01_sites.ipynb #00000002
 import inspect
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import SteerError, nearest
+from .errors import SteerError, check_choice, check_number
 
-# %% ../../nbs/core/01_sites.ipynb #00000004
+# %% ../../nbs/core/01_sites.ipynb #00000007
 SITES = ("block", "mlp", "attn", "heads")
 
 
@@ -26,56 +26,59 @@ class SiteError(SteerError):
 
 def check_place(at: str) -> str:
     "`at`, if it is one of `SITES`; `SiteError` otherwise."
-    if at not in SITES:
-        raise SiteError(f"no site {at!r}: sites are {', '.join(SITES)}{nearest(at, SITES)}")
+    check_choice("site", at, SITES, SiteError)
     return at
+
+
+def resolve_layer(layer: int, count: int) -> int:
+    "The layer counted from 0 at the bottom of `count` blocks. Raises `SiteError` if there is none."
+    if not -count <= layer < count:
+        raise SiteError(f"layer {layer}: this model has layers 0 to {count - 1}")
+    return int(layer) % count
 
 
 @dataclass(frozen=True, order=True)
 class Site:
     "A place in one block: hashable, and ordered by layer."
 
-    layer: int  # counted from 0, at the bottom
+    layer: int  # counted from 0 at the bottom, or from -1 at the top
     at: str  # one of `SITES`
 
     def __post_init__(self):
         check_place(self.at)
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise SiteError(f"a layer is a number from 0, not {self.layer!r}")
+        check_number("layer", self.layer, whole=True, error=SiteError)
+        object.__setattr__(self, "layer", int(self.layer))  # a NumPy integer is not JSON
 
-# %% ../../nbs/core/01_sites.ipynb #00000007
-TOWERS = (
-    "vision",
-    "visual",
-    "image",
-    "audio",
-    "speech",
-)  # parts of a path that lead away from the text model
+# %% ../../nbs/core/01_sites.ipynb #0000000a
+TOWERS = ("vision", "visual", "image", "audio", "speech")  # parts of paths to other encoders
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     "The lists that could be the blocks, by path."
     found = {}
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found) or any(
-            word in path for word in TOWERS
-        )
-        if inside or not isinstance(module, nn.ModuleList) or not len(module):
+        if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if any(True for _ in module[0].children()) and any(True for _ in module[0].parameters()):
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if inside or any(word in path for word in TOWERS):
+            continue
+        if next(module[0].children(), None) is not None and _has_parameters(module[0]):
             found[path] = module
     return found
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    "The model's blocks, bottom to top. Raises `SiteError` if there are none, or more than one stack of them."
+    "The model's blocks, bottom to top. Raises `SiteError` unless there is exactly one stack."
     found = _stacks(model)
+    name = type(model).__name__
     if len(found) > 1:
-        raise SiteError(
-            f"{type(model).__name__} has no single stack of blocks: {', '.join(found)} could each be one"
-        )
+        raise SiteError(f"{name} has several stacks of blocks, not one: {', '.join(found)}")
     if not found:
-        raise SiteError(f"{type(model).__name__} has no blocks: no list of layers was found in it")
+        raise SiteError(f"{name} has no blocks: no list of layers was found in it")
     return next(iter(found.values()))
 
 
@@ -83,7 +86,7 @@ def hidden_size(model: nn.Module) -> int:
     "The width of the residual stream."
     return model.config.get_text_config(decoder=True).hidden_size
 
-# %% ../../nbs/core/01_sites.ipynb #0000000a
+# %% ../../nbs/core/01_sites.ipynb #0000000d
 ROLES = {
     "attn": (
         "self_attn",
@@ -95,8 +98,8 @@ ROLES = {
     ),
     "mlp": ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "output"),
     "inline": ("fc1", "fc2"),  # an MLP without a module of its own
-    "either": ("mixer", "temporal_block"),  # the class says what it is
-    "branch": (
+    "either": ("mixer", "temporal_block"),  # the class tells which
+    "branch": (  # known, and not a site
         "linear_attn",
         "mamba",
         "conv",
@@ -111,37 +114,11 @@ ROLES = {
         "attn_hyper_connection",
         "mlp_hyper_connection",
         "ple",
-    ),  # known, and not a site
+    ),
 }
-
-
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 
-
-def block_parts(block: nn.Module) -> dict[str, list[str]]:
-    "The names of the block's children by role: attn, mlp, inline, branch, norm and unknown."
-    parts = {role: [] for role in ("attn", "mlp", "inline", "branch", "norm", "unknown")}
-    for name, child in block.named_children():
-        kind, role = type(child).__name__, _ROLE.get(name, "unknown")
-        if name == "steering" or not any(True for _ in child.parameters()):
-            continue
-        if role == "either":
-            role = (
-                "attn"
-                if "Attention" in kind
-                else "mlp"
-                if kind.endswith(("MLP", "MoE"))
-                else "branch"
-            )
-        if re.search(r"Norm(1P|Gated)?$", kind) or name in _POST_NORMS:
-            role = "norm"
-        if isinstance(child, nn.ModuleList):
-            role = "unknown"
-        parts[role].append(name)
-    return parts
-
-# %% ../../nbs/core/01_sites.ipynb #0000000c
-POST_NORMS = (  # after the attention, after the MLP: both are there, or neither is what it says; the first match counts
+POST_NORMS = (  # (after the attention, after the MLP): both must be there; the first match counts
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_attention_layernorm", "post_mlp_layernorm"),
@@ -150,34 +127,50 @@ POST_NORMS = (  # after the attention, after the MLP: both are there, or neither
     ("attn_sconv", "mlp_sconv"),
     ("post_attention_convolution", "post_mlp_convolution"),
 )
+_CONVOLUTIONS = {name for pair in POST_NORMS for name in pair if "norm" not in name}
 
 
-_POST_NORMS = {name for pair in POST_NORMS for name in pair if "norm" not in name}
+def _role(name: str, child: nn.Module) -> str:
+    "What a child of a block is: attn, mlp, inline, branch, norm or unknown."
+    kind = type(child).__name__
+    if isinstance(child, nn.ModuleList):
+        return "unknown"
+    if re.search(r"Norm(1P|Gated)?$", kind) or name in _CONVOLUTIONS:
+        return "norm"
+    role = _ROLE.get(name, "unknown")
+    if role != "either":
+        return role
+    if "Attention" in kind:
+        return "attn"
+    return "mlp" if kind.endswith(("MLP", "MoE")) else "branch"
 
 
+def block_parts(block: nn.Module) -> dict[str, list[str]]:
+    "The names of the block's children by role: attn, mlp, inline, branch, norm and unknown."
+    parts = {role: [] for role in ("attn", "mlp", "inline", "branch", "norm", "unknown")}
+    for name, child in block.named_children():
+        if name != "steering" and _has_parameters(child):
+            parts[_role(name, child)].append(name)
+    return parts
+
+# %% ../../nbs/core/01_sites.ipynb #00000010
 def _post_norm(block: nn.Module, at: str) -> str | None:
-    "The name of what stands between the branch and the residual stream, if anything does."
+    "The name of the norm between the branch and the residual stream, if there is one."
     for after_attention, after_mlp in POST_NORMS:
-        if any(True for _ in getattr(block, after_mlp, nn.Identity()).parameters()) and hasattr(
-            block, after_attention
-        ):
+        norm = getattr(block, after_mlp, None)
+        if norm is not None and _has_parameters(norm) and hasattr(block, after_attention):
             return after_attention if at == "attn" else after_mlp
     return None
 
-# %% ../../nbs/core/01_sites.ipynb #0000000e
-def _is_projection(module: nn.Module) -> bool:
-    "Whether this is a matrix: `nn.Linear`, GPT-2's `Conv1D`, or a wrapper of one such as PEFT's."
-    return getattr(module, "weight", None) is not None and getattr(module.weight, "ndim", 0) == 2
 
-
-def _last_projection(path: str, module: nn.Module) -> tuple[str, nn.Module] | None:
-    "The module's last matrix, with its path."
+def _last_projection(path: str, module: nn.Module) -> tuple[str, nn.Module]:
+    "The module's last matrix: `nn.Linear`, GPT-2's `Conv1D`, or a wrapper such as PEFT's."
     found = [
         (f"{path}.{name}", child)
         for name, child in module.named_children()
-        if _is_projection(child)
+        if getattr(getattr(child, "weight", None), "ndim", 0) == 2
     ]
-    return found[-1] if found else None
+    return found[-1]
 
 
 def _branch(block: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -188,13 +181,12 @@ def _branch(block: nn.Module, name: str) -> tuple[str, nn.Module]:
             path, module = f"{path}.{inner}", getattr(module, inner)
     while isinstance(module, nn.Sequential):  # its output is its last child's
         path, module = f"{path}.{len(module) - 1}", module[-1]
-    takes_residual = {"residual", "input_tensor"} & set(
-        inspect.signature(module.forward).parameters
-    )
+    arguments = inspect.signature(module.forward).parameters
+    takes_residual = "residual" in arguments or "input_tensor" in arguments
     return _last_projection(path, module) if takes_residual else (path, module)
 
-# %% ../../nbs/core/01_sites.ipynb #00000010
-SCALES = {  # attribute of the block: what the branch is multiplied by
+
+SCALES = {  # attribute of the block, and the factor of the branch that it stands for
     "attn": {
         "residual_multiplier": float,
         "residual_scale": float,
@@ -212,10 +204,11 @@ SCALES = {  # attribute of the block: what the branch is multiplied by
 
 
 def _scale(block: nn.Module, at: str) -> float:
-    "What the block multiplies this branch by."
-    for name, value in SCALES[at].items():
-        if isinstance(getattr(block, name, None), (int, float)):
-            return value(getattr(block, name))
+    "The factor by which the block multiplies this branch."
+    for name, factor in SCALES[at].items():
+        value = getattr(block, name, None)
+        if isinstance(value, (int, float)):
+            return factor(value)
     return 1.0
 
 # %% ../../nbs/core/01_sites.ipynb #00000012
@@ -229,16 +222,7 @@ OUTPUT_PROJECTIONS = (
     "attention.out_proj",
     "output.dense",
 )
-
-
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    "The module at a dotted path, or None."
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module if isinstance(module, nn.Module) else None
 
 
 def projection_inputs(projection: nn.Module) -> int | None:
@@ -253,22 +237,20 @@ def projection_inputs(projection: nn.Module) -> int | None:
 
 def _heads(block: nn.Module, name: str, config) -> tuple[str, nn.Module, int] | None:
     "Path and module of the attention's output projection, and the number of heads that it reads."
-    attention = getattr(block, name)
-    inner = getattr(attention, "self_attention", attention)
-    start = name if inner is attention else f"{name}.self_attention"
-    for path in OUTPUT_PROJECTIONS:
-        projection = _submodule(inner, path)
-        width = None if projection is None else projection_inputs(projection)
-        counts = [
-            getattr(source, count, None) for source in (inner, config) for count in HEAD_COUNTS
-        ]
-        heads = next((count for count in counts if isinstance(count, int)), None)
+    path, attention = name, getattr(block, name)
+    if hasattr(attention, "self_attention"):
+        path, attention = f"{name}.self_attention", attention.self_attention
+    counts = (getattr(owner, count, None) for owner in (attention, config) for count in HEAD_COUNTS)
+    heads = next((count for count in counts if isinstance(count, int)), None)
+    modules = dict(attention.named_modules())
+    for inner in OUTPUT_PROJECTIONS:
+        width = projection_inputs(modules[inner]) if inner in modules else None
         if width and heads and width % heads == 0:
-            return f"{start}.{path}", projection, heads
+            return f"{path}.{inner}", modules[inner], heads
     return None
 
 # %% ../../nbs/core/01_sites.ipynb #00000014
-LAYOUTS = {  # a child that says how the block's tensors lie
+LAYOUTS = {  # a child of the block, and the layout of the block's tensors that it stands for
     "altup": "streams first",
     "rel_attn": "sequence first",
     "mlp_hyper_connection": "streams side by side",
@@ -282,94 +264,83 @@ class Place:
     module: nn.Module  # whose input or output it is
     path: str  # of that module inside the block ("" is the block)
     side: str = "output"  # "output", or "input" for the heads
-    parts: int | None = (
-        None  # how many heads (or residual streams) lie side by side in the last dimension
-    )
-    scale: float = 1.0  # what the block multiplies this output by before adding it to the stream
-    layout: str = "batch first"  # or one of `LAYOUTS`
-
-
-def _refuse(block: nn.Module, at: str, why: str) -> SiteError:
-    "The error for a site that this block does not have."
-    have = [place for place in SITES if place != at and _why_not(block, place) is None]
-    return SiteError(
-        f"{type(block).__name__} has no {at!r} site ({why}); sites here: {', '.join(have) or 'none'}"
-    )
+    parts: int | None = None  # how many heads (or streams) are side by side in the last dimension
+    scale: float = 1.0  # the factor of this output before it is added to the stream
+    layout: str = "batch first"  # or one of the values of `LAYOUTS`
 
 
 def _why_not(block: nn.Module, at: str) -> str | None:
-    "Why the block has no such site, or None if nothing speaks against it."
-    parts, kinds = block_parts(block), {"mlp": "MLP", "attn": "attention", "heads": "attention"}
+    "The reason why the block has no such site, or None if it may have."
     if hasattr(block, "backward_pass"):
         return "its layers are reversible: the backward pass recomputes them without hooks"
     if at == "block":
         return None
-    role = "mlp" if at == "mlp" else "attn"
-    if role == "mlp" and parts["inline"]:
-        return f"{' and '.join(parts['inline'])} are called inline: there is no MLP module"
+    parts, role, kind = block_parts(block), "attn", "attention"
+    if at == "mlp":
+        role, kind = "mlp", "MLP"
+        if parts["inline"]:
+            return f"{' and '.join(parts['inline'])} are called inline: there is no MLP module"
     if not parts[role]:
-        return f"it has no {kinds[at]} module"
+        return f"it has no {kind} module"
     if len(parts[role]) > 1:
-        return f"its {kinds[at]} is the sum of {' and '.join(parts[role])}"
+        return f"its {kind} is the sum of {' and '.join(parts[role])}"
     if at != "heads" and parts["unknown"]:
         return f"it has parts that are not understood: {', '.join(parts['unknown'])}"
     return None
 
 
-def locate(model: nn.Module, site: Site, stack: nn.ModuleList | None = None) -> Place:
-    """The `Place` of a site in this model. Pass `blocks(model)` as `stack` to look many up.
+def _missing(block: nn.Module, at: str, why: str) -> SiteError:
+    "The error for a site that this block does not have."
+    others = [other for other in SITES if other != at and _why_not(block, other) is None]
+    here = f"sites here: {', '.join(others) or 'none'}"
+    return SiteError(f"{type(block).__name__} has no {at!r} site ({why}); {here}")
 
-    Raises `SiteError` if the layer or the site does not exist, and says what does."""
+
+def locate(model: nn.Module, site: Site, stack: nn.ModuleList | None = None) -> Place:
+    """The `Place` of a site in this model. Pass `blocks(model)` as `stack` to look up many.
+
+    Raises `SiteError`, which names what exists, if the layer or the site does not exist."""
     stack = blocks(model) if stack is None else stack
-    if site.layer >= len(stack):
-        raise SiteError(f"layer {site.layer}: this model has layers 0 to {len(stack) - 1}")
-    block = stack[site.layer]
+    block = stack[resolve_layer(site.layer, len(stack))]
     why = _why_not(block, site.at)
     if why:
-        raise _refuse(block, site.at, why)
-    layout = next(
-        (layout for name, layout in LAYOUTS.items() if hasattr(block, name)), "batch first"
-    )
+        raise _missing(block, site.at, why)
     if site.at == "block":
-        return Place(
-            block,
-            "",
-            parts=block.mlp_hyper_connection.hc_count if layout == "streams side by side" else None,
-            layout=layout,
-        )
-    name = block_parts(block)["mlp" if site.at == "mlp" else "attn"][0]
+        layouts = (layout for name, layout in LAYOUTS.items() if hasattr(block, name))
+        layout = next(layouts, "batch first")
+        beside = layout == "streams side by side"
+        parts = block.mlp_hyper_connection.hc_count if beside else None
+        return Place(block, "", parts=parts, layout=layout)
+    (name,) = block_parts(block)["mlp" if site.at == "mlp" else "attn"]
     if site.at == "heads":
         found = _heads(block, name, model.config.get_text_config(decoder=True))
         if found is None:
-            raise _refuse(
-                block, site.at, f"no output projection with a whole number of heads in {name!r}"
-            )
+            why = f"no output projection with a whole number of heads in {name!r}"
+            raise _missing(block, site.at, why)
         path, module, heads = found
         return Place(module, path, "input", heads)
     norm = _post_norm(block, site.at)
     path, module = (norm, getattr(block, norm)) if norm else _branch(block, name)
     return Place(module, path, scale=_scale(block, site.at))
 
-# %% ../../nbs/core/01_sites.ipynb #00000015
+
 def activation_shape(model: nn.Module, place: Place) -> tuple[int, ...]:
     "The shape of one token's activation there: (hidden,), or (heads, head_dim)."
-    return (
-        (place.parts, projection_inputs(place.module) // place.parts)
-        if place.side == "input"
-        else (hidden_size(model),)
-    )
+    if place.side == "input":
+        return place.parts, projection_inputs(place.module) // place.parts
+    return (hidden_size(model),)
 
-# %% ../../nbs/core/01_sites.ipynb #0000001c
+
 def available_sites(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The layers where each site exists: `{"block": (0, 1, …), "mlp": (…), "attn": (…), "heads": (…)}`.
+    """The layers where each site exists: `{"block": (0, 1, …), "mlp": (…), "attn": …, "heads": …}`.
 
     Raises `SiteError` if the model has no blocks."""
-    stack, found = blocks(model), {at: [] for at in SITES}
+    stack, found = blocks(model), {at: () for at in SITES}
     for layer in range(len(stack)):
         for at in SITES:
             try:
                 locate(model, Site(layer, at), stack)
             except SiteError:
                 continue
-            found[at].append(layer)
-    return {at: tuple(layers) for at, layers in found.items()}
+            found[at] += (layer,)
+    return found

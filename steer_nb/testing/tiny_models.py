@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..core.errors import nearest
+from ..core.errors import SteerError, nearest
 
-# %% ../../nbs/testing/00_tiny_models.ipynb #00000005
+# %% ../../nbs/testing/00_tiny_models.ipynb #0000000a
 _SMALL = dict(
     hidden_size=32,
     d_model=32,
@@ -113,7 +113,7 @@ def _small(config_class: type) -> dict:
             small[name] = {**_small(type(inner)), "model_type": inner.model_type}
     return small
 
-# %% ../../nbs/testing/00_tiny_models.ipynb #00000007
+# %% ../../nbs/testing/00_tiny_models.ipynb #0000000c
 _HYBRID = dict(layer_types=["linear_attention", "full_attention"])
 
 
@@ -234,30 +234,28 @@ RECIPES = {
     "prophetnet": dict(is_decoder=True, add_cross_attention=False),
 }
 
-
+# %% ../../nbs/testing/00_tiny_models.ipynb #0000000e
 def zoo_types() -> list[str]:
     "Every causal language model type that `transformers` registers."
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes) -> nn.Module:
-    """A random model of this type in eval mode: two blocks, width 32, vocabulary 100. `changes` are fields of its config.
+    """A random model of this type in evaluation mode: two blocks, width 32, vocabulary 100.
 
-    Raises `ValueError` for a type that is not registered, and whatever the config raises if it cannot be small."""
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(
-            f"no causal language model type {model_type!r} in transformers{nearest(model_type, zoo_types())}"
-        )
+    `changes` are fields of its config. Raises `SteerError` for a type that is not registered, and
+    any error of the config if it cannot be small."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if model_type not in known:
+        close = nearest(model_type, known)
+        raise SteerError(f"transformers has no causal language model type {model_type!r}{close}")
     arguments = _small(CONFIG_MAPPING[model_type])
     for name, value in {**RECIPES.get(model_type, {}), **changes}.items():
-        both = (
-            isinstance(value, dict)
-            and isinstance(arguments.get(name), dict)
-            and name.endswith("_config")
-        )
-        arguments[name] = {**arguments[name], **value} if both else value
+        inner = arguments.get(name)
+        if name.endswith("_config") and isinstance(value, dict) and isinstance(inner, dict):
+            value = {**inner, **value}
+        arguments[name] = value
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **arguments)
-        ).eval()
+        config = AutoConfig.for_model(model_type, **arguments)
+        return AutoModelForCausalLM.from_config(config).eval()
