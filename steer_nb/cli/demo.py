@@ -39,6 +39,7 @@ def demo(
     overwrite: Overwrite = False,
 ):
     "Steer a real language model in a few minutes, and check the result."
+    from steer_nb.core.config import SteeringConfig
     from steer_nb.core.files import free_folder
     from steer_nb.core.steering import steer
     from steer_nb.data.models import load_model
@@ -63,7 +64,7 @@ def demo(
     )
     before = evaluate(loaded, tokenizer, examples)
     typer.echo(f"2. unsteered: {_accuracy(before)}")
-    steering = steer(loaded, kind="linear", site="block", rank=8, seed=seed)
+    steering = steer(loaded, SteeringConfig(kind="linear", site="block", rank=8, seed=seed))
     typer.echo(f"3. {steering}")
     run = fit(loaded, tokenizer, examples, training, output=output, overwrite=overwrite)
     if run.stopped:
