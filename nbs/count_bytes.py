@@ -1,9 +1,9 @@
 """Count the bytes that two processes send in a training step.
 
-`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama for a few
-steps and counts every collective of PyTorch as it is called. Prints one line of JSON: the bytes per
-step by collective, counted as the whole tensor that it works on, and the number of trained
-parameters."""
+`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama for a
+few steps and counts every collective of PyTorch as it is called. Prints one line of JSON: the
+bytes per step by collective, counted as the whole tensor that it works on, and the number of
+trained parameters."""
 
 import json
 import os

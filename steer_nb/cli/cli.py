@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODULES', 'main']
 
-# %% ../../nbs/cli/05_cli.ipynb #00000002
+# %% ../../nbs/cli/05_cli.ipynb #00000003
 from . import demo, distill, experiments, training
 from .app import app, one_line_warnings
 

@@ -126,7 +126,7 @@ def _check_saved(model: str, tokenizer, examples, folder: Path, expected) -> Non
 
 
 def _improved_prompt(examples, before, after) -> str:
-    "The prompt of the first example that only the steered model answers correctly, if there is one."
+    "The prompt of the first example that only the steered model answers correctly, or of any."
     pairs = zip(examples.test, before.predictions, after.predictions, strict=True)
     improved = [example for example, old, new in pairs if new["correct"] > old["correct"]]
     return (improved or examples.test)[0].prompt

@@ -104,8 +104,8 @@ def _show_dry_run(grid) -> None:
     }
     typer.echo(cost.to_string(index=False, formatters=shown))
     typer.echo(
-        f"{len(cost):,} runs, {cost.operations.sum():.1e} operations, {cost.hours.sum():,.1f} hours "
-        f"of an H100 at {UTILISATION:.0%} of its peak"
+        f"{len(cost):,} runs, {cost.operations.sum():.1e} operations, "
+        f"{cost.hours.sum():,.1f} hours of an H100 at {UTILISATION:.0%} of its peak"
     )
 
 # %% ../../nbs/cli/03_experiments.ipynb #00000008
