@@ -1,4 +1,5 @@
-"`python -m steer_nb`: the program, as `accelerate launch -m steer_nb` and `torchrun -m steer_nb` start it."
+"`python -m steer_nb`: the program, as `accelerate launch -m` and `torchrun -m` start it."
 from steer_nb.cli.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,39 +1,77 @@
-"The program as a user runs it: in a process of its own, on a real model and real data."
+"""The program on a tiny model, in this process; once as a process of its own.
 
+What takes the real model and data is marked slow."""
+
+import errno
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
-import time
 
+import children
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
 
-PROGRAM = [sys.executable, "-c", "from steer_nb.cli import main; main()"]
+from steer_nb.cli.cli import app
+from steer_nb.experiments.testbed import load_bed
+
+COMMANDS = [
+    "demo",
+    "models",
+    "tasks",
+    "train",
+    "evaluate",
+    "generate",
+    "distill",
+    "experiment",
+    "bench",
+]
 
 
-def run(*words, cwd=None):
-    done = subprocess.run(
-        [*PROGRAM, *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    return done.returncode, done.stdout, done.stderr
+def run(*words):
+    "Exit code, stdout and stderr of a command, run in this process."
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception  # the program would show a traceback
+    return result.exit_code, result.stdout, result.stderr
+
+
+def check(*words):
+    "The stdout of a command that must succeed."
+    code, out, err = run(*words)
+    assert code == 0, err
+    return out
+
+
+def program(*words):
+    "In a child: the program with these arguments."
+    from steer_nb.cli.cli import main
+
+    sys.argv = ["steer_nb", *map(str, words)]
+    main()
+
+
+def json_of(path):
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
-def demonstration(tmp_path_factory):
-    "The demonstration, with fewer examples than a person would run it with."
-    folder = tmp_path_factory.mktemp("demo")
-    code, out, err = run("demo", "--n-train", 48, "--n-test", 40, "--epochs", 1, cwd=folder)
-    assert code == 0, err
-    return folder / "steer_nb_demo", out
+def tiny(tmp_path_factory):
+    "The folder of a model that trains in seconds."
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in load_bed("tiny-llama"):
+        part.save_pretrained(folder)
+    return folder
 
 
-def test_the_demonstration_does_all_it_says(demonstration):
-    folder, out = demonstration
+# The demonstration
+
+
+def check_demonstration(folder, out):
+    "Everything that the demonstration reports is in its files."
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
         "steering/steering.safetensors",
@@ -43,279 +81,264 @@ def test_the_demonstration_does_all_it_says(demonstration):
         "after.json",
         "demo.png",
     }
-    before, after = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after")
-    )
+    before, after = json_of(folder / "before.json"), json_of(folder / "after.json")
     assert before["n"] == after["n"] == 40 and before["predictions"] != after["predictions"]
-    assert (
-        f"as it is: accuracy {before['accuracy']:.1%}" in out and f"{after['accuracy']:.1%}" in out
-    )
-    assert (
-        "every prediction is the same" in out
-        and "276,480 parameters" in out
-        and "strength 0:" in out
-        and "strength 1:" in out
-    )
-    assert 1e6 < (folder / "steering/steering.safetensors").stat().st_size < 1.3e6
-    assert json.loads((folder / "run.json").read_text())["steps"] == 3
+    assert f"unsteered: accuracy {before['accuracy']:.1%}" in out
+    assert f"{after['accuracy']:.1%}" in out and "every prediction is the same" in out
+    assert "strength 0:" in out and "strength 1:" in out
+    assert json_of(folder / "run.json")["steps"] == 3
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert not any(str(folder) in path.read_text() for path in folder.rglob("*.json"))
 
 
-def test_the_saved_steering_works_from_the_command_line(demonstration):
-    folder, _ = demonstration
-    code, out, err = run(
-        "evaluate",
-        "--steering",
-        folder / "steering",
-        "--n",
-        40,
-        "--output",
-        folder.parent / "again.json",
-    )
-    assert code == 0, err
-    again, after = (
-        json.loads((folder.parent / "again.json").read_text()),
-        json.loads((folder / "after.json").read_text()),
-    )
-    assert again["predictions"] == after["predictions"]
-    texts = {}
-    for strength in (0, 1):
-        code, texts[strength], err = run(
-            "generate",
-            "Review: a joy to watch.\nSentiment:",
-            "--steering",
-            folder / "steering",
-            "--strength",
-            strength,
-            "--tokens",
-            4,
-        )
-        assert code == 0, err
-    code, plain, err = run("generate", "Review: a joy to watch.\nSentiment:", "--tokens", 4)
-    assert (
-        plain.strip()
-        and plain.strip().splitlines()[-1]
-        == texts[0].strip().splitlines()[-1]
-        != texts[1].strip().splitlines()[-1]
-    )
-
-
-def test_train(tmp_path):
-    words = (
-        "train",
-        "--output",
-        tmp_path / "run",
-        "--n-train",
-        16,
-        "--kind",
-        "vector",
-        "--site",
-        "mlp",
-        "--positions",
-        "last",
-    )
-    code, out, err = run(*words)
-    assert code == 0, err
-    assert (tmp_path / "run/steering/steering.safetensors").exists() and "17,280 parameters" in out
-    code, out, err = run(*words)
-    assert code == 1 and len(err.strip().splitlines()) == 1 and "exists already" in err
+SIZES = "--n-train", 48, "--n-test", 40, "--epochs", 1
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    "A model folder that trains in seconds."
-    from steer_nb.experiments.testbed import load_bed
-
-    folder = tmp_path_factory.mktemp("tiny")
-    for part in load_bed("tiny-llama"):
-        part.save_pretrained(folder)
-    return folder
+def demonstration(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    model = "--model", tiny, "--task", "listops", "--lr", 0.01
+    return folder, check("demo", *model, *SIZES, "--output", folder)
 
 
-def test_a_stopped_training_goes_on_when_asked_for_again(tiny, tmp_path):
-    "SIGTERM to the program; then another learning rate, which is refused; then the same again. A method of PEFT's, which evaluate reads afterwards."
-    words = [
-        "train",
-        "--model",
-        tiny,
-        "--task",
-        "listops",
-        "--n-train",
-        1600,
-        "--epochs",
-        2,
-        "--method",
-        "lora",
-        "--rank",
-        2,
-        "--output",
-        tmp_path / "run",
-        "--checkpoint-every",
-        0,
-    ]
-    process = subprocess.Popen(
-        [*PROGRAM, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def test_the_demonstration(demonstration):
+    check_demonstration(*demonstration)
+
+
+def test_an_output_folder_with_files_is_an_error(demonstration, tiny):
+    folder, _ = demonstration
+    for words in (("demo",), ("distill", tiny, tiny)):
+        code, out, err = run(*words, "--output", folder)
+        assert code == 1 and "exists already" in err and out == ""
+
+
+def test_the_saved_steering_in_other_commands(demonstration, tiny, tmp_path):
+    folder, _ = demonstration
+    model = "--model", tiny, "--steering", folder / "steering"
+    words = "evaluate", *model, "--task", "listops", "--n", 40, "--output", tmp_path / "again.json"
+    assert "saved in" in check(*words)
+    again, after = json_of(tmp_path / "again.json"), json_of(folder / "after.json")
+    assert again["predictions"] == after["predictions"]
+    code, _, err = run(*words)
+    assert code == 1 and "exists already" in err
+    words = "generate", "[MAX 1 2 ] =", "--tokens", 6
+    plain = check(*words, "--model", tiny)
+    off, on = (
+        check(*words, *model, "--strength", strength).splitlines()[-1] for strength in (0, 50)
     )
-    while not (tmp_path / "run/checkpoints/00000003").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert (
-        process.returncode == 128 + signal.SIGTERM
-        and "stopped by SIGTERM" in out
-        and "give the same command again" in out
-    ), err
+    assert plain.strip() == off.strip() != on.strip()
+
+
+@pytest.mark.slow
+def test_the_demonstration_on_the_real_model(tmp_path):
+    out = check("demo", *SIZES, "--output", tmp_path / "demo")
+    check_demonstration(tmp_path / "demo", out)
+    assert "276,480 parameters" in out
+    assert 1e6 < (tmp_path / "demo/steering/steering.safetensors").stat().st_size < 1.3e6
+
+
+# Training
+
+
+def test_train_as_a_process_of_its_own(tiny, tmp_path):
+    "`python -m steer_nb`, as a user or a launcher starts it."
+    words = f"train --model {tiny} --task listops --n-train 16 --kind vector --site mlp"
+    command = [sys.executable, "-m", "steer_nb", *words.split(), "--positions", "last"]
+    done = subprocess.run(
+        [*command, "--output", tmp_path / "run"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "64 parameters trained" in done.stdout
+    assert (tmp_path / "run/steering/steering.safetensors").exists()
+
+
+def test_an_interrupted_training_resumes(tiny, tmp_path):
+    "SIGTERM; another learning rate, which is an error; the same command; and its evaluation."
+    output = tmp_path / "run"
+    words = "train", "--model", tiny, "--task", "listops", "--n-train", 320, "--output", output
+    words += "--method", "lora", "--rank", 2, "--checkpoint-every", 0
+    child = children.start(program, *words)
+    child.wait_for((output / "checkpoints/00000003").exists)
+    child.signal(signal.SIGTERM)
+    stopped = child.wait()
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "stopped by SIGTERM" in stopped.stdout and "rerun the same command" in stopped.stdout
     code, _, err = run(*words, "--lr", 5e-4)
-    assert (
-        code == 1
-        and "config.lr was 0.001, now 0.0005" in err
-        and len([line for line in err.splitlines() if not line.startswith("warning")]) == 1
-    )
-    code, out, err = run(*words)
-    assert code == 0 and f"saved in {tmp_path / 'run'}" in out, err
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert (
-        record["resumed"][0] >= 3
-        and record["steps"] == record["planned"] == 200
-        and not (tmp_path / "run/checkpoints").exists()
-    )
-    code, out, err = run(
-        "evaluate",
-        "--model",
-        tiny,
-        "--task",
-        "listops",
-        "--steering",
-        tmp_path / "run/method",
-        "--n",
-        20,
-    )
-    assert code == 0 and "lora" in out and "n = 20" in out, err
-    code, out, err = run(*words[:-2], "--kind", "vector", "--overwrite")
-    assert code == 1 and "leave them out with --method" in err
+    assert code == 1 and "config.lr was 0.001, now 0.0005" in err
+    assert f"saved in {output}" in check(*words)
+    record = json_of(output / "run.json")
+    assert record["resumed"][0] >= 3 and record["steps"] == record["planned"] == 20
+    assert not (output / "checkpoints").exists()
+    method = "--steering", output / "method"
+    out = check("evaluate", "--model", tiny, "--task", "listops", *method, "--n", 20)
+    assert "lora" in out and "n = 20" in out
+    code, _, err = run(*words, "--kind", "vector", "--overwrite")
+    assert code == 1 and "not with --method" in err
+
+
+# Errors and help
 
 
 @pytest.mark.parametrize(
-    "words, code, says",
+    "words, code, message",
     [
-        (["train", "--output", "new", "--method", "lorra"], 1, "did you mean 'lora'"),
-        (["evaluate", "--task", "sst3"], 1, "did you mean 'sst2'"),
-        (["evaluate", "--model", "smollm-135m"], 1, "smollm2-135m"),
-        (["evaluate", "--steering", "/nowhere"], 1, "no steering at /nowhere"),
-        (["evaluate", "--split", "tset"], 1, "test"),
-        (["train", "--output", "new", "--kind", "lineer"], 1, "did you mean 'linear'"),
-        (["train", "--output", "new", "--rank", "0"], 1, "rank"),
-        (["train", "--output", "new", "--lr", "-1"], 1, "lr"),
-        (["train"], 2, "--output"),
-        (["evaluate", "--n", "0"], 2, "--n"),
-        (["evaluate", "--n", "99999"], 1, "346"),
-        (["demos"], 2, "demos"),
+        ("train --output new --method lorra", 1, "did you mean 'lora'"),
+        ("evaluate --task sst3", 1, "did you mean 'sst2'"),
+        ("evaluate --model smollm-135m", 1, "smollm2-135m"),
+        ("evaluate --model TINY --steering /nowhere", 1, "no steering at /nowhere"),
+        ("evaluate --split tset --model TINY", 1, "test"),
+        ("train --output new --kind lineer", 1, "did you mean 'linear'"),
+        ("train --output new --rank 0", 1, "rank"),
+        ("train --output new --lr -1", 1, "lr"),
+        ("train --output new --dtype half", 1, "no dtype 'half'"),
+        ("generate x --strength 2", 1, "--strength needs --steering"),
+        ("experiment smok", 1, "did you mean 'smoke'"),
+        ("experiment smoke --arms lorra", 1, "did you mean 'lora'"),
+        ("bench --only trainer-lora", 1, "did you mean 'trainer_lora'"),
+        ("train", 2, "--output"),
+        ("evaluate --n 0", 2, "--n"),
+        ("evaluate --n 99999", 1, "346"),
+        ("demos", 2, "demos"),
     ],
 )
-def test_errors_are_one_line(words, code, says, tmp_path):
-    got, out, err = run(*words, cwd=tmp_path)
-    assert got == code and says in err and "Traceback" not in err
-    assert code == 2 or len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+def test_errors_are_one_line(words, code, message, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(*words.replace("TINY", str(tiny)).split())
+    assert got == code and message in err and "Traceback" not in err
+    if code == 1:
+        assert len(err.strip().splitlines()) == 1 and err.startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
-def test_debug_shows_the_traceback():
-    code, out, err = run("--debug", "evaluate", "--task", "sst3")
-    assert code == 1 and "Traceback" in err
+def test_debug_raises_the_error():
+    result = CliRunner().invoke(app, ["--debug", "evaluate", "--task", "sst3"])
+    assert isinstance(result.exception, ValueError) and "error:" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "generate", "models", "tasks"])
+def test_ctrl_c_and_broken_pipes(monkeypatch):
+    pipe = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    for error, code, message in ((KeyboardInterrupt(), 130, "stopped"), (pipe, 1, "")):
+        monkeypatch.setattr("steer_nb.data.tasks.load_task", raising(error))
+        got, _, err = run("evaluate")
+        assert (got, err.strip()) == (code, message)
+
+
+def raising(error):
+    def raise_it(*args, **options):
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
-    code, out, err = run(command, "--help")
-    assert code == 0 and f"Example: steer_nb {command}" in " ".join(out.split())
+    assert f"Example: steer_nb {command}" in " ".join(check(command, "--help").split())
 
 
-def test_help_loads_no_torch():
-    script = "import sys\nfrom steer_nb.cli import app\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+def test_lists():
+    assert re.findall(r"^│ (\w+)", check("--help"), re.MULTILINE) == COMMANDS
+    assert "smollm2-135m" in check("models") and "sst2" in check("tasks")
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    script = (
+        "import sys\nfrom steer_nb.cli.cli import app\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Experiments
+
+
+def test_the_cost_of_an_experiment():
+    out = check("experiment", "smoke", "--dry-run", "--arms", "lora,full")
+    assert "5 runs" in out and "hours of an H100" in out
+
+
+def test_the_arguments_of_an_experiment(monkeypatch, tmp_path):
+    "The options reach `run_grid`; the table compares with the chosen method."
+    given = {}
+    monkeypatch.setattr(
+        "steer_nb.experiments.grid.run_grid",
+        lambda grid, folder, **options: given.update(options, grid=grid, folder=folder),
+    )
+    monkeypatch.setattr(
+        "steer_nb.experiments.statistics.table", lambda grid, done, against: f"against {against}"
+    )
+    words = "experiment", "mine", "--preset", "smoke", "--arms", "lora,full", "--store", tmp_path
+    assert check(*words, "--processes", 2, "--again").endswith("against lora\n")
+    grid = given.pop("grid")
+    assert grid.name == "mine" and set(grid.arms) == {"lora", "full"}
+    assert given["folder"] == tmp_path and given["processes"] == 2 and given["again"] is True
+    assert check(*words, "--cluster", "auto", "--against", "full").endswith("against full\n")
+    assert given["cluster"] == "auto"
+
+
+# Distillation
+
+
+def save_lora(model, folder, **options):
+    "A random LoRA that changes the model's predictions."
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["down_proj"], **options)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    "A LoRA of SmolLM2 that changes what it says: random, in two layers."
-    import torch
-    from peft import LoraConfig, get_peft_model
+    return save_lora(load_bed("tiny-llama")[0], tmp_path_factory.mktemp("lora"), lora_alpha=64)
 
+
+def paragraphs(sentence: str, count: int) -> str:
+    return "\n\n".join(sentence.format(n, n + 1, 2 * n) for n in range(count))
+
+
+def test_distill_on_a_task(tiny, lora, tmp_path):
+    words = "--task", "listops", "--n", 64, "--n-test", 20, "--rank", 4
+    out = check("distill", tiny, lora, "--output", tmp_path / "new", *words)
+    report = json_of(tmp_path / "new/distill.json")
+    assert report["after"]["kl"] < 0.5 * report["before"]["kl"]
+    assert len(report["layers"]) == 2 and "accuracy" in report["after"]
+    assert "parameters" in out and "KL to the tuned model" in out
+    steering = "--steering", tmp_path / "new/steering"
+    check("evaluate", "--model", tiny, "--task", "listops", *steering, "--n", 4)
+
+
+def test_distill_on_a_text(tiny, lora, tmp_path):
+    text = tmp_path / "text.txt"
+    digits = "[MAX 1 2 3 ] = 3 [MIN 4 5 ] = 4 [SM {0} {1} {2} ] = 7 [MED 1 2 3 ] = 2 9 8 7"
+    text.write_text(paragraphs(digits, 60), encoding="utf-8")
+    check("distill", tiny, lora, "--output", tmp_path / "new", "--text", text, "--rank", 2)
+    report = json_of(tmp_path / "new/distill.json")
+    assert report["after"]["kl"] < 0.5 * report["before"]["kl"]
+    assert "accuracy" not in report["after"]
+
+
+def test_distill_errors(tiny, lora, tmp_path):
+    (tmp_path / "short.txt").write_text("one paragraph")
+    few = "--task", "listops", "--n", 4, "--n-test", 2
+    for words, message in (
+        (("--text", tmp_path / "short.txt"), "paragraphs"),
+        (("--kind", "nonlinear", *few), "closed form"),
+    ):
+        code, out, err = run("distill", tiny, lora, "--output", tmp_path / "new", *words)
+        assert code == 1 and message in err, (words, out, err)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_distill_the_real_model(tmp_path):
     from steer_nb.data.models import load_model
 
-    torch.manual_seed(0)
-    model = get_peft_model(
-        load_model("smollm2-135m")[0],
-        LoraConfig(
-            r=2,
-            lora_alpha=8,
-            init_lora_weights=False,
-            target_modules=["down_proj"],
-            layers_to_transform=[10, 20],
-        ),
+    tuned = save_lora(
+        load_model("smollm2-135m")[0], tmp_path / "lora", lora_alpha=8, layers_to_transform=[10, 20]
     )
-    folder = tmp_path_factory.mktemp("tuned") / "lora"
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_distill(lora, tmp_path):
-    code, out, err = run(
-        "distill",
-        "smollm2-135m",
-        lora,
-        "--output",
-        tmp_path / "task",
-        "--n",
-        24,
-        "--n-test",
-        12,
-        "--rank",
-        4,
-    )
-    assert code == 0, err
-    report = json.loads((tmp_path / "task/distill.json").read_text())
-    assert (
-        report["after"]["kl"] < 0.5 * report["before"]["kl"]
-        and len(report["layers"]) == 30
-        and "accuracy" in report["after"]
-    )
-    assert (
-        "138,240 parameters" in out or "155,520 parameters" in out
-    )  # 30 × 2 × 4 × 576, and 30 × 576 of biases
-    code, out, err = run("evaluate", "--steering", tmp_path / "task/steering", "--n", 4)
-    assert code == 0, err
     text = tmp_path / "text.txt"
-    text.write_text(
-        "\n\n".join(
-            f"The number {n} comes after {n - 1}, and before {n + 1}. What is {n} plus {n}? It is {2 * n}."
-            for n in range(1, 33)
-        ),
-        encoding="utf-8",
-    )
-    code, out, err = run(
-        "distill", "smollm2-135m", lora, "--output", tmp_path / "text", "--text", text, "--rank", 4
-    )
-    assert code == 0, err
-    report = json.loads((tmp_path / "text/distill.json").read_text())
-    assert (
-        report["after"]["kl"] < 0.5 * report["before"]["kl"] and "accuracy" not in report["after"]
-    )
-
-
-def test_distill_refuses(lora, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").write_text("")
-    (tmp_path / "short.txt").write_text("one paragraph")
-    for words, said in (
-        (("--output", tmp_path / "full"), "exists already"),
-        (("--output", tmp_path / "new", "--text", tmp_path / "short.txt"), "paragraphs"),
-        (
-            ("--output", tmp_path / "new", "--kind", "nonlinear", "--n", 4, "--n-test", 2),
-            "closed form",
-        ),
-    ):
-        code, out, err = run("distill", "smollm2-135m", lora, *words)
-        assert code == 1 and said in err and "Traceback" not in err, (words, out, err)
-    assert not (tmp_path / "new").exists()
+    text.write_text(paragraphs("The number {0} comes before {1}. Twice is {2}.", 32))
+    for words in (("--n", 24, "--n-test", 12), ("--text", text)):
+        folder = tmp_path / words[0]
+        check("distill", "smollm2-135m", tuned, "--output", folder, "--rank", 4, *words)
+        report = json_of(folder / "distill.json")
+        assert report["after"]["kl"] < 0.5 * report["before"]["kl"] and len(report["layers"]) == 30
