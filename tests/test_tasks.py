@@ -10,7 +10,8 @@ import datasets
 import pytest
 
 from steer_nb.data.examples import SHARES, TaskError, content_digest
-from steer_nb.data.tasks import TASKS, identified_examples, load_task, wheel_rows
+from steer_nb.data.task_table import TASKS
+from steer_nb.data.tasks import identified_examples, load_task, wheel_rows
 
 WHEEL_TASKS = [name for name, row in TASKS.items() if row.members]
 wheel_rows = cache(wheel_rows)
