@@ -25,8 +25,7 @@ from steer_nb.core.sites import Site
 from steer_nb.core.steering import steer, steerings
 from steer_nb.data.models import load_model
 from steer_nb.data.wheels import gguf_file
-from steer_nb.testing.checks import INPUT_IDS
-from steer_nb.testing.tiny_models import tiny_model
+from steer_nb.testing.tiny_models import INPUT_IDS, tiny_model
 
 EXACT = 1e-6  # relative, in a float64 model: RMSNorm computes in float32
 

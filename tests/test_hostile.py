@@ -44,13 +44,12 @@ from steer_nb.evaluation.result import Result
 from steer_nb.methods.orthogonal import JointError
 from steer_nb.methods.registry import apply_method, load_method
 from steer_nb.methods.rows import MethodError
-from steer_nb.testing.tiny_models import tiny_model
+from steer_nb.testing.tiny_models import INPUT_IDS, tiny_model
 from steer_nb.training.config import TrainError
 from steer_nb.training.run import Run
 
 OURS = (AdapterError, JointError, MethodError, SiteError, SteeringError, TrainError)
 MODEL = tiny_model("llama").requires_grad_(True)
-INPUT_IDS = torch.tensor([[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]])
 SEED = int(os.environ.get("STEER_NB_FUZZ_SEED", 0))  # for longer runs by hand
 TIMES = int(os.environ.get("STEER_NB_FUZZ_TIMES", 1))
 

@@ -20,8 +20,7 @@ from steer_nb.methods.joint import JointConfig, joint
 from steer_nb.methods.orthogonal import JointError, project
 from steer_nb.methods.registry import METHODS, apply_method, load_method, method_size
 from steer_nb.methods.rows import MethodError
-from steer_nb.testing.checks import INPUT_IDS, check_type
-from steer_nb.testing.tiny_models import tiny_model, zoo_types
+from steer_nb.testing.tiny_models import INPUT_IDS, check_type, tiny_model, zoo_types
 from steer_nb.training.config import TrainConfig, TrainError
 from steer_nb.training.fit import fit
 

@@ -20,8 +20,8 @@ from steer_nb.core.sites import (
     locate,
 )
 from steer_nb.core.steering import steer
+from steer_nb.testing.tiny_models import INPUT_IDS
 
-INPUT_IDS = torch.tensor([[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]])
 NORM = r"Norm(1P|Gated)?$"
 
 
