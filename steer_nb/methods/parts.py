@@ -89,7 +89,9 @@ def compare_parts(
             }
         )
     if not rows:
-        raise JointError("in no block both parts shift something: train the method first")
+        raise JointError(
+            "there is no block in which both parts shift something: train the method first"
+        )
     return Parts(rows, rank, len(base[rows[0]["layer"]]), directions)
 
 

@@ -166,6 +166,8 @@ def _plain(value):
         return list(value)
     if isinstance(value, numbers.Integral):
         return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
     raise TypeError(f"{type(value).__name__} is not JSON serializable")
 
 
