@@ -58,7 +58,7 @@ FEW = (  # one of each sort, for all other architectures
     "joint",
 )
 REFUSED = (  # methods, error, words of its message, and the architectures that cannot have them
-    (FEW, SiteError, "no single stack of blocks", "hrm_text xlm"),
+    (FEW, SiteError, "of blocks", "hrm_text xlm"),
     (
         ("loreft", *HEADS, "post_block_linear", "joint"),
         SiteError,
@@ -124,7 +124,7 @@ REFUSED = (  # methods, error, words of its message, and the architectures that 
         "mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text olmoe phimoe qwen2_moe "
         "qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text zaya",
     ),
-    (("joint",), SiteError, "no single stack of blocks", "gemma3n_text"),  # once LoRA is on it
+    (("joint",), SiteError, "of blocks", "gemma3n_text"),  # once LoRA is on it
 )
 REPRESENTATIVES = ("xlm", "reformer", "xlnet", "granitemoehybrid", "gemma3n_text", "jetmoe")
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]])
