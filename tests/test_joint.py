@@ -1,67 +1,63 @@
-"Joint training, step by step: the rates of the halves, and what is kept apart while one of them rests."
+"Joint training step by step: learning rates and windows, what is projected when, and saving."
 
 import math
+import warnings
 
 import pytest
 import torch
-from test_train import TOY
+from digit_task import TASK, TOKENIZER, tiny
 
+from steer_nb.core.loading import load_steering
 from steer_nb.core.sites import Site
 from steer_nb.methods.joint import JointConfig, joint
-from steer_nb.methods.orthogonal import overlap
+from steer_nb.methods.registry import apply_method, load_method
 from steer_nb.testing.tiny_models import tiny_model
 from steer_nb.training.config import TrainConfig
 from steer_nb.training.fit import fit
 
-SPACE = {}
-exec(TOY, SPACE)
-HALVES = ("weights", "activations")
+PARTS = ("weights", "activations")
 
 
 def train(config, look=lambda *_: None, model=None, **changes):
-    "A joint method, trained for 20 steps with `look(method, step, optimizer)` after each, and the record."
-    method = joint(SPACE["tiny"]() if model is None else model, config)
-    own = method.after_step
+    "A joint method trained for 20 steps, with `look(method, step, optimizer)` after each."
+    method = joint(tiny() if model is None else model, config)
+    after_step = method.after_step
 
-    def after_step(step, ends_epoch, optimizer):
-        own(step, ends_epoch, optimizer)
+    def watched(step, ends_epoch, optimizer):
+        after_step(step, ends_epoch, optimizer)
         look(method, step, optimizer)
 
-    method.after_step = after_step
-    return method, fit(
-        method,
-        SPACE["tokenizer"],
-        SPACE["toy"],
-        TrainConfig(**{"lr": 1e-2, "epochs": 5, "batch_size": 8, **changes}),
-    )
+    method.after_step = watched
+    options = {"lr": 1e-2, "epochs": 5, "batch_size": 8, **changes}
+    return method, fit(method, TOKENIZER, TASK, TrainConfig(**options))
 
 
 def copies(parameters):
     return [p.detach().clone() for p in parameters]
 
 
-def alike(some, others):
+def equal(some, others):
     return all(map(torch.equal, some, others))
 
 
 # Rates and schedules
 
 
-def by_hand(schedule, top, steps, warmup_ratio):
-    "The rate of each of so many steps: a rise to `top` in equal parts, and from there down to what would be 0 one step after the last."
+def rates_by_hand(schedule, top, steps, warmup_ratio):
+    "The rate of each step: linear warm-up to `top`, then decay to what would be 0 one step later."
     warmup = round(warmup_ratio * steps)
     rates = []
     for step in range(1, steps + 1):
         if step < warmup:
             rates.append(top * step / warmup)
-        else:
-            done = (step - warmup) / (steps + 1 - warmup)
-            rates.append(
-                top
-                * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-                    schedule
-                ]
-            )
+            continue
+        done = (step - warmup) / (steps + 1 - warmup)
+        decay = {
+            "constant": 1,
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+        }
+        rates.append(top * decay[schedule])
     return rates
 
 
@@ -73,63 +69,58 @@ def by_hand(schedule, top, steps, warmup_ratio):
         ((None, 0.2, (0.0, 0.75)), ("linear", 3.0, (0.5, 1.0))),
     ],
 )
-def test_each_half_moves_at_the_rate_of_its_own_schedule(weights, activations):
-    """What the optimizer was told, and what it did: AdamW moves each number by the rate times m / (√v + ε), from its own m and v.
+def test_each_part_moves_at_the_rate_of_its_own_schedule(weights, activations):
+    """The optimizer's rates, and what it did: AdamW moves each number by rate · m / (√v + ε).
 
-    Tolerance of the latter, in float64: moves of 1e-5 and less of numbers of size 0.1, each rounded."""
+    Tolerance of the latter, in float64: moves of 1e-5 of numbers of size 0.1, each rounded."""
     options = {
-        f"{half}_{name}": value
-        for half, values in zip(HALVES, (weights, activations))
-        for name, value in zip(("schedule", "lr", "window"), values)
+        f"{part}_{name}": value
+        for part, values in zip(PARTS, (weights, activations), strict=True)
+        for name, value in zip(("schedule", "lr", "window"), values, strict=True)
     }
     config = JointConfig(rank=2, weight_rank=2, project="never", **options)
-    told, did, before = (
-        [],
-        [],
-        [copies(group.parameters) for group in joint(SPACE["tiny"]().double(), config).groups()],
-    )  # the same seed
-
-    def look(method, step, optimizer):
-        told.append([group["lr"] for group in optimizer.param_groups])
-        did.append(
-            [
-                sum(float((p - start).abs().sum()) for p, start in zip(group["params"], old))
-                / (sum(map(direction, map(optimizer.state.get, group["params"]))) or 1)
-                for group, old in zip(optimizer.param_groups, before)
-            ]
-        )
-        before[:] = [copies(group["params"]) for group in optimizer.param_groups]
+    told, did = [], []
+    before = [copies(group.parameters) for group in joint(tiny().double(), config).groups()]
 
     def direction(state):
         if not state:
-            return 0.0  # the optimizer has not had this parameter yet
+            return 0.0  # the optimizer has not updated this parameter yet
         step, m, v = float(state["step"]), state["exp_avg"], state["exp_avg_sq"]
-        return float((m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)).abs().sum())
+        update = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        return float(update.abs().sum())
 
-    _, run = train(config, look, SPACE["tiny"]().double(), schedule="cosine", warmup_ratio=0.2)
+    def look(method, step, optimizer):
+        told.append([group["lr"] for group in optimizer.param_groups])
+        rates = []
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            pairs = zip(group["params"], old, strict=True)
+            moved = sum(float((p - start).abs().sum()) for p, start in pairs)
+            expected = sum(direction(optimizer.state.get(p)) for p in group["params"])
+            rates.append(moved / (expected or 1))
+        did.append(rates)
+        before[:] = [copies(group["params"]) for group in optimizer.param_groups]
+
+    _, run = train(config, look, tiny().double(), schedule="cosine", warmup_ratio=0.2)
 
     expected = []
     for schedule, share, (first, last) in (weights, activations):
         first, last = round(20 * first), round(20 * last)
-        expected.append(
-            [0.0] * first
-            + by_hand(schedule or "cosine", 1e-2 * share, last - first, 0.2)
-            + [0.0] * (20 - last)
-        )
+        rates = rates_by_hand(schedule or "cosine", 1e-2 * share, last - first, 0.2)
+        expected.append([0.0] * first + rates + [0.0] * (20 - last))
     assert len(told) == len(expected[0]) == 20 and expected[0] != expected[1]
-    for step, (rates, rates_done, mine) in enumerate(zip(told, did, zip(*expected)), start=1):
-        assert rates == pytest.approx(mine, rel=1e-12), step
-        assert rates_done == pytest.approx(mine, rel=1e-9), step
-    assert [point["lr"] for point in run.curve] == pytest.approx(
-        [max(pair) for pair in zip(*expected)], rel=1e-12
-    )
+    by_step = list(zip(*expected, strict=True))
+    for step, (rates, done, right) in enumerate(zip(told, did, by_step, strict=True), start=1):
+        assert rates == pytest.approx(right, rel=1e-12), step
+        assert done == pytest.approx(right, rel=1e-9), step
+    highest = [max(pair) for pair in by_step]
+    assert [point["lr"] for point in run.curve] == pytest.approx(highest, rel=1e-12)
 
 
-# The projection while a half rests
+# The projection, measured from the parameters and their names
 
 
 def gemma():
-    "A norm between the last projection and the stream, its gain not one."
+    "A model with a norm between the last projection and the stream, its gain not one."
     model = tiny_model("gemma3_text")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -137,7 +128,7 @@ def gemma():
     return model
 
 
-MODELS = {"llama": SPACE["tiny"], "gpt2": lambda: SPACE["tiny"]("gpt2"), "gemma": gemma}
+MODELS = {"llama": tiny, "gpt2": lambda: tiny("gpt2"), "gemma": gemma}
 LAST = {
     "llama": "model.layers.{}.mlp.down_proj",
     "gpt2": "transformer.h.{}.mlp.c_proj",
@@ -145,96 +136,121 @@ LAST = {
 }
 
 
-def read(method, name):
-    "The largest ‖D X‖ / (‖D‖ ‖X‖) of a block, X what the weight half writes there: by hand, from the parameters and their names."
-    parameters, found = dict(method.model.named_parameters()), []
-    for layer in range(2):
-        D = method.steering.adapters[Site(layer, "block")].down.detach().double()
-        path = LAST[name].format(layer)
-        if method.config.weights == "full":
-            X = (
-                (
-                    parameters[f"{path}.weight"]
-                    - dict(MODELS[name]().named_parameters())[f"{path}.weight"]
-                )
-                .detach()
-                .double()
-            )  # the same seed
-            if name == "gpt2":
-                X = X.T
-        else:
-            base, A, B = (
-                parameters[f"base_model.model.{path}.{part}.weight"].detach().double()
-                for part in ("base_layer", "lora_A.default", "lora_B.default")
-            )
-            X = B
-            if method.config.weights == "dora":
-                magnitude = (
-                    parameters[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
-                    .detach()
-                    .double()
-                )
-                X = (
-                    B
-                    * (magnitude / ((base.T if name == "gpt2" else base) + 2 * B @ A).norm(dim=1))[
-                        :, None
-                    ]
-                )
-        if name == "gemma":
-            X = (
-                X
-                * (
-                    1
-                    + next(
-                        p
-                        for key, p in parameters.items()
-                        if f"layers.{layer}.post_feedforward_layernorm" in key
-                    )
-                    .detach()
-                    .double()
-                )[:, None]
-            )
-        found.append(float((D @ X).norm() / (D.norm() * X.norm()).clamp(min=1e-30)))
-    return max(found)
+def written(method, name, layer):
+    "What the LoRA part writes in a block, (hidden, …): by hand, from the parameters."
+    parameters = {path: p.detach().double() for path, p in method.model.named_parameters()}
+    path = LAST[name].format(layer)
+    if method.config.weights == "full":
+        start = dict(MODELS[name]().named_parameters())[f"{path}.weight"]  # the same seed
+        X = parameters[f"{path}.weight"] - start.detach().double()
+        X = X.T if name == "gpt2" else X
+    else:
+        base, A, B = (
+            parameters[f"base_model.model.{path}.{part}.weight"]
+            for part in ("base_layer", "lora_A.default", "lora_B.default")
+        )
+        X = B
+        if method.config.weights == "dora":
+            norm = parameters[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
+            merged = (base.T if name == "gpt2" else base) + 2 * B @ A
+            X = B * (norm / merged.norm(dim=1))[:, None]
+    if name == "gemma":
+        gain = f"layers.{layer}.post_feedforward_layernorm"
+        X = X * (1 + next(p for key, p in parameters.items() if gain in key))[:, None]
+    return X
+
+
+def share(rows, X):
+    "‖rows X‖ / (‖rows‖ ‖X‖)."
+    rows = rows.detach().double()
+    return float((rows @ X).norm() / (rows.norm() * X.norm()).clamp(min=1e-30))
+
+
+def read(method, name="llama"):
+    "The largest share of a block that D reads of what the LoRA part writes there."
+    readings = [method.steering.adapters[Site(layer, "block")].down for layer in range(2)]
+    return max(share(D, written(method, name, layer)) for layer, D in enumerate(readings))
+
+
+def momentum_read(method, optimizer):
+    "The same of D's momentum in the optimizer."
+    readings = [method.steering.adapters[Site(layer, "block")].down for layer in range(2)]
+    momenta = [optimizer.state[D]["exp_avg"] for D in readings]
+    return max(share(m, written(method, "llama", layer)) for layer, m in enumerate(momenta))
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_the_momentum_is_projected_with_the_steering_unless_it_is_switched_off(momentum):
+    seen = []
+
+    def look(method, step, optimizer):
+        seen.append((read(method), momentum_read(method, optimizer)))
+
+    train(JointConfig(rank=3, weight_rank=3, momentum=momentum), look)
+    assert max(value for value, _ in seen) < 1e-6  # float32
+    assert (max(value for _, value in seen) < 1e-6) == momentum
+
+
+@pytest.mark.parametrize(
+    "options, due",
+    [
+        (dict(), set(range(1, 21))),
+        (dict(every=4), {4, 8, 12, 16, 20}),
+        (dict(project="epoch"), {4, 8, 12, 16, 20}),
+        (dict(project="once", every=4), {4}),
+        (dict(project="never"), set()),
+        (dict(project="penalty", penalty=0.1), set()),
+    ],
+)
+def test_the_steering_is_projected_when_it_is_due(options, due):
+    "An epoch has four steps."
+    seen = {}
+
+    def look(method, step, optimizer):
+        seen[step] = read(method)
+
+    train(JointConfig(rank=3, weight_rank=3, **options), look)
+    assert {step for step, value in seen.items() if value < 1e-6} == due
+
+
+def test_the_penalty_pulls_the_two_apart():
+    method, _ = train(JointConfig(rank=3, weight_rank=3, project="penalty", penalty=1.0))
+    free, _ = train(JointConfig(rank=3, weight_rank=3, project="never"))
+    assert read(method) < read(free) / 2
 
 
 @pytest.mark.parametrize("weights", ["lora", "dora", "full"])
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_give_way_to_a_steering_that_rests(name, weights):
-    """After its window the steering stays to the bit, and what the weights write goes on to be orthogonal to D, in each step.
+def test_the_lora_update_is_projected_while_the_steering_is_frozen(name, weights):
+    """After its window the steering does not change by a bit, and the update is orthogonal to D.
 
-    Of "full" all of the update is then; before, D is projected onto the complement of its leading directions. Tolerance: B, W and D are rounded to float32."""
-    seen, halfway, momentum = {}, {}, {}
+    With "full" that is the whole update; before, D is projected onto the complement of its leading
+    directions only. Tolerance: B, W and D are rounded to float32."""
+    seen, halfway, momentum = {}, {}, []
 
     def look(method, step, optimizer):
         seen[step] = read(method, name)
         if step == 10:
-            halfway.update(
-                {half: copies(group.parameters) for half, group in zip(HALVES, method.groups())}
-            )
+            for part, group in zip(PARTS, method.groups(), strict=True):
+                halfway[part] = copies(group.parameters)
         if step > 10:
-            assert alike(halfway["activations"], copies(method.steering.parameters())), step
+            assert equal(halfway["activations"], copies(method.steering.parameters())), step
         if step == 20 and weights == "lora" and name == "llama":
-            for layer in range(2):
+            for layer, writer in method.writers.items():
                 D = method.steering.adapters[Site(layer, "block")].down
-                m = optimizer.state[method.writers[layer][0].lora_B["default"].weight]["exp_avg"]
-                momentum[layer] = float((D @ m).norm() / (D.norm() * m.norm()))
+                momentum.append(share(D, optimizer.state[writer.parameter]["exp_avg"].double()))
 
     config = JointConfig(weights=weights, rank=3, weight_rank=3, activations_window=(0.0, 0.5))
     method, _ = train(config, look, MODELS[name]())
-    assert (
-        len(seen) == 20
-        and all(value < 1e-6 for step, value in seen.items() if step > 10 or weights != "full")
-        and max(overlap(method).values()) < 1e-5
-    )
-    assert all(value < 1e-6 for value in momentum.values())
-    assert not alike(halfway["weights"], copies(method.weights.values()))
+    assert len(seen) == 20
+    assert all(value < 1e-6 for step, value in seen.items() if step > 10 or weights != "full")
+    assert max(method.overlap().values()) < 1e-5
+    assert all(value < 1e-6 for value in momentum)
+    assert not equal(halfway["weights"], copies(method.weights.values()))
     if weights == "lora":
-        free, _ = train(
-            JointConfig(rank=3, weight_rank=3, activations_window=(0.0, 0.5), project="never"),
-            model=MODELS[name](),
-        )
-        assert read(free, name) > 1e-2  # without a projection they do meet
+        config = JointConfig(rank=3, weight_rank=3, activations_window=(0.0, 0.5), project="never")
+        free, _ = train(config, model=MODELS[name]())
+        assert read(free, name) > 1e-2  # without a projection they overlap
 
 
 @pytest.mark.parametrize(
@@ -247,50 +263,138 @@ def test_weights_give_way_to_a_steering_that_rests(name, weights):
         ("penalty", 1, set()),
     ],
 )
-def test_weights_give_way_when_the_projection_is_due(project, every, due):
-    "The steering rests after step 10, an epoch has four steps, and the last `once` comes when the steering rests."
+def test_the_lora_update_is_projected_when_it_is_due(project, every, due):
+    "The steering is frozen after step 10; `once` comes while it is frozen."
     seen = {}
 
     def look(method, step, optimizer):
-        seen[step] = read(method, "llama")
+        seen[step] = read(method)
 
-    train(
-        JointConfig(
-            rank=3, weight_rank=3, project=project, every=every, activations_window=(0.0, 0.5)
-        ),
-        look,
+    config = JointConfig(
+        rank=3, weight_rank=3, project=project, every=every, activations_window=(0.0, 0.5)
     )
+    train(config, look)
     assert {step for step, value in seen.items() if step > 10 and value < 1e-6} == due
 
 
-def test_a_steering_before_its_window_is_left_alone():
-    "It shifts nothing yet; from its first step on D is projected. And nothing moves while both halves rest."
+def test_nothing_is_projected_before_the_steering_starts_or_after_both_parts_end():
     seen, D = {}, {}
 
     def look(method, step, optimizer):
-        seen[step] = read(method, "llama")
+        seen[step] = read(method)
         D[step] = copies(method.steering.parameters())
 
     method, _ = train(JointConfig(rank=3, weight_rank=3, activations_window=(0.5, 1.0)), look)
-    new = copies(joint(SPACE["tiny"](), method.config).steering.parameters())
-    assert all(alike(new, D[step]) and seen[step] > 1e-2 for step in range(2, 11)) and not alike(
-        new, D[11]
-    )
-    assert all(seen[step] < 1e-6 for step in range(11, 21))
+    new = copies(joint(tiny(), method.config).steering.parameters())
+    assert all(equal(new, D[step]) and seen[step] > 1e-2 for step in range(2, 11))
+    assert not equal(new, D[11]) and all(seen[step] < 1e-6 for step in range(11, 21))
 
     everything = {}
 
     def watch(method, step, optimizer):
-        everything[step] = copies(
-            parameter for group in method.groups() for parameter in group.parameters
-        )
+        everything[step] = copies(p for group in method.groups() for p in group.parameters)
 
-    train(
-        JointConfig(
-            rank=3, weight_rank=3, weights_window=(0.0, 0.5), activations_window=(0.0, 0.5)
-        ),
-        watch,
-    )
-    assert not alike(everything[9], everything[10]) and all(
-        alike(everything[10], everything[step]) for step in range(11, 21)
-    )
+    windows = dict(weights_window=(0.0, 0.5), activations_window=(0.0, 0.5))
+    train(JointConfig(rank=3, weight_rank=3, **windows), watch)
+    assert not equal(everything[9], everything[10])
+    assert all(equal(everything[10], everything[step]) for step in range(11, 21))
+
+
+@pytest.mark.parametrize("project", ["steps", "once", "epoch"])
+def test_nothing_is_projected_while_lora_writes_nothing(project):
+    method = joint(tiny_model("llama"), JointConfig(project=project))
+    adapters = method.steering.adapters.values()
+    before = copies(adapter.down for adapter in adapters)
+    optimizer = torch.optim.AdamW([{"params": group.parameters} for group in method.groups()])
+    with torch.no_grad():
+        method.after_step(1, True, optimizer)
+        assert equal(before, [adapter.down for adapter in adapters])
+        for writer in method.writers.values():
+            writer.parameter.normal_()
+        method.after_step(1, True, optimizer)
+    for start, adapter in zip(before, adapters, strict=True):
+        assert not torch.equal(start, adapter.down)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(weights_window=(0.0, 0.5), activations_window=(0.0, 0.5), project="once", every=15),
+        dict(project="once", every=1000),
+    ],
+)
+def test_a_projection_that_was_never_made_gives_a_warning(options):
+    with pytest.warns(UserWarning, match="nothing was projected"):
+        train(JointConfig(rank=2, weight_rank=2, **options))
+
+
+def test_a_projection_that_was_made_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*projected")
+        train(JointConfig(rank=2, weight_rank=2, project="once"))
+
+
+def test_the_projection_holds_with_a_norm_before_the_stream():
+    "Gemma's post-norm: D is orthogonal to what LoRA adds after the norm, and not to B itself."
+    model = tiny_model("gemma3_text")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_feedforward_layernorm.weight.normal_()
+    method = joint(model, JointConfig(weight_rank=2, rank=3))
+    with torch.no_grad():
+        for writer in method.writers.values():
+            writer.parameter.normal_()
+    method.project_steering()
+    layers = method.model.base_model.model.model.layers
+    for layer, writer in method.writers.items():
+        norm, D = layers[layer].post_feedforward_layernorm, method.reading(layer)
+        B = writer.parameter
+        y = torch.randn(1000, 32)  # what the projection computes without LoRA
+        shifted = y + torch.randn(1000, 2) @ B.T
+        # times the RMS, which the norm divides by: what remains is linear
+        size, shifted_size = (x.square().mean(-1, keepdim=True).sqrt() for x in (y, shifted))
+        added = norm(shifted) * shifted_size - norm(y) * size
+        # float32, and the norm's epsilon
+        assert (added @ D.T).norm() / (added.norm() * D.norm()) < 1e-5
+        assert (B.T @ D.T).norm() / (B.norm() * D.norm()) > 1e-2
+
+
+# Partners, and saving
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(weight_rank=4),
+        dict(weights="dora", weight_rank=4),
+        dict(weights="full", weight_layers=[1]),
+        dict(kind="nonlinear"),
+    ],
+    ids=str,
+)
+def test_every_partner_trains_stays_apart_and_is_saved(options, tmp_path):
+    input_ids = torch.arange(3, 11)[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids).logits
+
+    method, run = train(JointConfig(rank=4, **options))
+    assert max(method.overlap().values()) < 1e-5
+    assert run.best_loss < run.validation[0]["loss"]
+    method.save(tmp_path / "joint")
+    loaded = load_method(tiny(), tmp_path / "joint")
+    assert torch.equal(logits(loaded.model), logits(method.model))
+    with method.only("activations"):
+        activations = logits(method.model)
+    alone = tiny()  # the steering on the weights as they were before training
+    load_steering(alone, tmp_path / "joint", check_base=options.get("weights") != "full")
+    assert torch.equal(logits(alone), activations)
+
+
+def test_experts_train_jointly_without_a_projection():
+    method = apply_method(tiny_model("mixtral"), "joint", project="never")
+    input_ids = torch.arange(3, 11)[None]
+    method.model(input_ids).logits.square().mean().backward()
+    for group in method.groups():
+        assert any(p.grad is not None and p.grad.any() for p in group.parameters)

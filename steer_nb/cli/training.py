@@ -45,7 +45,7 @@ def models():
 @app.command(epilog="Example: steer_nb tasks")
 def tasks():
     "List the tasks."
-    from steer_nb.data.tasks import TASKS
+    from steer_nb.data.task_table import TASKS
 
     rows = [(name, row.metric, row.origin or "generated") for name, row in TASKS.items()]
     print_table(("task", "metric", "examples"), rows)

@@ -13,9 +13,10 @@ from torch import nn
 
 from ..core.errors import nearest
 from ..data.examples import SHARES
-from ..data.tasks import LISTOPS_SIZES, TASKS
+from ..data.task_table import TASKS
+from ..data.tasks import LISTOPS_SIZES
+from .catalog import GPUS, SHAPES, UTILISATION, bare_model
 from .jobs import Arm, Experiment
-from .plan import GPUS, SHAPES, UTILISATION, bare_model
 from .store import ExperimentError
 from .testbed import BEDS, LISTOPS, TESTBED_SIZES, small_llama
 from ..methods.registry import METHODS, method_size

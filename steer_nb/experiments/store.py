@@ -16,7 +16,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..core.errors import SteerError, nearest
-from ..data.tasks import TASKS, load_task
+from ..data.task_table import TASKS
+from ..data.tasks import load_task
 from ..methods.registry import method_row
 from ..training.config import TrainConfig
 

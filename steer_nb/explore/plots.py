@@ -17,10 +17,12 @@ from matplotlib.axes import Axes
 
 from ..core.sites import SITES, Site
 from ..evaluation.result import Result
-from ..experiments.bench import CONTESTANTS, Bench, exponents
+from ..experiments.bench_record import Bench
+from ..experiments.contestants import CONTESTANTS
 from ..experiments.statistics import Table
+from ..experiments.timing import exponents
 from ..methods.registry import METHODS
-from ..theory.glu import OrderOfError, draw_order
+from ..theory.first_order_error import OrderOfError, draw_order
 from ..theory.site_scores import SiteScores, draw_scores
 from ..training.run import Run, draw_curve
 

@@ -161,7 +161,9 @@ class ErrorGrowth:
 
     def __repr__(self):
         loose = float(self.bound[-1].mean() / self.measured[-1].mean())
-        return f"ErrorGrowth({len(self.local)} blocks: the bound is {loose:.3g} times the final error)"
+        return (
+            f"ErrorGrowth({len(self.local)} blocks: the bound is {loose:.3g} times the final error)"
+        )
 
     def _repr_png_(self):
         return figure_png(lambda axes: draw_growth(self, axes), (5, 3))
