@@ -29,7 +29,6 @@ from steer_nb.core.attach import (
 )
 from .base_model import SCHEMA, describe_base
 from .build import BuiltAdapter, build_adapters, start_from_scores
-from .build import resolve_sites as resolve_sites  # other packages import it from here
 from .config import SteeringConfig, make_config
 from .errors import SteeringError, check_number
 from .files import CONFIG_FILE, TENSOR_FILE, free_folder, write_json, write_tensors

@@ -16,7 +16,6 @@ from ..core.errors import check_number
 from steer_nb.experiments.bench_record import (
     Bench,
     machine,
-    markdown,  # noqa: F401  (the front page imports it from here)
 )
 from steer_nb.experiments.contestants import (
     CONTESTANTS,
@@ -29,7 +28,6 @@ from .inference_turns import STEPS, compare_predictions
 from .pyreft import with_pyreft
 from steer_nb.experiments.timing import (
     BenchError,
-    exponents,  # noqa: F401  (the plots import it from here)
     race,
 )
 from .training_turns import FitTurn, train_once

@@ -19,7 +19,6 @@ from ..core.tables import markdown_table
 from steer_nb.experiments.catalog import (
     GPUS,
     HEADROOM,
-    SHAPES,  # noqa: F401  (presets imports it from here)
     UTILISATION,
     Gpu,
     ScaleError,

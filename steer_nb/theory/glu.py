@@ -17,11 +17,6 @@ from torch.nn import functional as F
 from ..core.hooks import capture, first_tensor
 from ..core.model_state import evaluating, forward_inputs, real_tokens
 from ..core.sites import Site
-
-# Available here too, where they were defined before.
-from .first_order_error import OrderOfError as OrderOfError
-from .first_order_error import draw_order as draw_order
-from .first_order_error import order_of_error as order_of_error
 from .updates import EquivalenceError, check_shape, check_update
 
 # %% ../../nbs/theory/05_glu.ipynb #00000007

@@ -242,6 +242,3 @@ def _check_lora(model: nn.Module, adapter: str) -> None:
         raise EquivalenceError(
             f"this LoRA has init_lora_weights={start!r}, which changes the base weights: {_MERGE}"
         )
-
-
-PLAIN_LORA_STARTS = PLAIN_LORA_STARTS  # the former name
