@@ -105,7 +105,7 @@ class Method:
     @contextmanager
     def only(self, part: str) -> Iterator[None]:
         "While this is open, only one of `parts` acts on the model. Raises `TrainError`."
-        check_choice(f"part of {self.name}", part, self.parts, TrainError)
+        check_choice("part", part, self.parts, TrainError)
         yield
 
     @property
