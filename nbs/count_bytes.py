@@ -1,7 +1,8 @@
-"""Count what processes really send each other: `torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY`.
+"""Count the bytes that processes exchange in a training step.
 
-A tiny Llama learns to name the largest of some digits for a few steps, and every collective of PyTorch is seen as it is called. Prints one
-line of JSON: the bytes of a step by collective, counted as the whole of the tensor that they work on, and the parameters trained."""
+`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama on a toy
+task for a few steps and intercepts every collective of PyTorch. It prints one line of JSON: the bytes
+per step by collective, counted as the whole tensor, and the number of trained parameters."""
 
 import json
 import os
@@ -10,14 +11,13 @@ import sys
 from collections import Counter
 
 import torch
-from steer_nb.tasks import Example, Task
-from steer_nb.train import TrainConfig, fit, is_sharded
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from steer_nb.methods import apply_method
+from steer_nb import Example, Task, TrainConfig, apply_method, fit
+from steer_nb.training.distributed import is_sharded
 
 NAMES = {
     "allreduce_": "all-reduce",
