@@ -1,8 +1,9 @@
 """Count the bytes that processes exchange in a training step.
 
-`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama on a toy
-task for a few steps and intercepts every collective of PyTorch. It prints one line of JSON: the bytes
-per step by collective, counted as the whole tensor, and the number of trained parameters."""
+`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama on a
+toy task for a few steps and intercepts every collective of PyTorch. It prints one line of JSON: the
+bytes per step by collective, counted as the whole tensor, and the number of trained parameters.
+"""
 
 import json
 import os
