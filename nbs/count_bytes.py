@@ -1,9 +1,9 @@
-"""Count the bytes that two processes send in a training step.
+"""Count the bytes that processes exchange in a training step.
 
-`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama for a
-few steps and counts every collective of PyTorch as it is called. Prints one line of JSON: the
-bytes per step by collective, counted as the whole tensor that it works on, and the number of
-trained parameters."""
+`torchrun --nproc_per_node 2 nbs/count_bytes.py METHOD OPTIONS STRATEGY` trains a tiny Llama on a
+toy task for a few steps and intercepts every collective of PyTorch. It prints one line of JSON: the
+bytes per step by collective, counted as the whole tensor, and the number of trained parameters.
+"""
 
 import json
 import os
@@ -17,11 +17,8 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from steer_nb.data.examples import Example, Task
-from steer_nb.methods.registry import apply_method
-from steer_nb.training.config import TrainConfig
+from steer_nb import Example, Task, TrainConfig, apply_method, fit
 from steer_nb.training.distributed import is_sharded
-from steer_nb.training.fit import fit
 
 NAMES = {
     "allreduce_": "all-reduce",
@@ -40,15 +37,17 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name, *_ = str(function).split(".")
         if namespace == "c10d" and name in NAMES:
-            # of two tensors, the one that is not a shard
-            whole = args[1] if name == "_reduce_scatter_base_" else args[0]
-            tensors = whole if isinstance(whole, (list, tuple)) else [whole]
-            self.bytes[NAMES[name]] += sum(tensor.nbytes for tensor in tensors)
+            whole = (
+                args[1] if name == "_reduce_scatter_base_" else args[0]
+            )  # of two tensors, the one that is not a shard
+            self.bytes[NAMES[name]] += sum(
+                one.nbytes for one in (whole if isinstance(whole, (list, tuple)) else [whole])
+            )
         return function(*args, **(kwargs or {}))
 
 
 def task_and_tokenizer():
-    "A task of naming the largest of some digits, and its tokenizer."
+    "Digits, and which is the largest."
     words = ["<pad>", "<eos>", "<unk>", *"0123456789", "="]
     backend = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>")
@@ -60,9 +59,16 @@ def task_and_tokenizer():
     chance, examples = random.Random(0), []
     for number in range(24):
         digits = chance.choices(range(10), k=5)
-        prompt, answer = f"{' '.join(map(str, digits))} =", str(max(digits))
-        examples.append(Example(prompt, f" {answer}", (), answer, id=str(number)))
-    task = Task(
+        examples.append(
+            Example(
+                f"{' '.join(map(str, digits))} =",
+                f" {max(digits)}",
+                (),
+                str(max(digits)),
+                id=str(number),
+            )
+        )
+    return Task(
         "digits",
         "generate",
         tuple(examples),
@@ -72,14 +78,12 @@ def task_and_tokenizer():
         "digits",
         max_new_tokens=2,
         extractor=str.strip,
-    )
-    return task, tokenizer
+    ), tokenizer
 
 
 def main(name: str, options: str, strategy: str) -> dict:
-    "Train for a few steps, and count."
-    steps = 3
-    task, tokenizer = task_and_tokenizer()
+    "Train, and count."
+    steps, (task, tokenizer) = 3, task_and_tokenizer()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -92,8 +96,11 @@ def main(name: str, options: str, strategy: str) -> dict:
         )
     )
     method, counted = apply_method(model, name, **json.loads(options)), Counted()
-    if strategy == "fsdp":  # what Accelerate's launcher would set
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if strategy == "fsdp":
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+        }  # what Accelerate's launcher would set
     with counted:
         fit(method, tokenizer, task, TrainConfig(max_steps=steps, batch_size=4))
     assert is_sharded(method.model) == (strategy == "fsdp")

@@ -1,7 +1,8 @@
-"""Write README.md from index.ipynb: the front page is a notebook too, so what it shows has been run.
+"""Write README.md from index.ipynb, so that what the front page shows has been run.
 
-Cells marked `#| hide` are left out, nbdev's other directives are stripped, text that code printed becomes a fenced block, and
-figures become files in nbs/images/. Links are written in the notebook as seen from nbs/, and in the README as seen from the top.
+Cells marked `#| hide` are left out, of cells marked `#| echo: false` only the output is shown, and
+nbdev's other directives are stripped. Printed text becomes a fenced block, figures become files in
+nbs/images/. Links are relative to nbs/ in the notebook, and to the repository in the README.
 """
 
 import posixpath
@@ -23,16 +24,12 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {{ text | strip_ansi | trim }}
 ```
 {% endmacro %}
+{% block input_group %}{% if not cell.metadata.output_only %}{{ super() }}{% endif %}{% endblock %}
 {% block stream %}{{ fenced(output.text) }}{% endblock stream %}
 {% block data_text scoped %}{{ fenced(output.data['text/plain']) }}{% endblock data_text %}
 """
-SHOWN = [
-    "text/markdown",
-    "image/svg+xml",
-    "image/png",
-    "image/jpeg",
-    "text/plain",
-]  # the first that an output has
+# Of an output, the first of these is shown.
+SHOWN = ["text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
 
 
 def directives(source: str) -> set[str]:
@@ -41,7 +38,7 @@ def directives(source: str) -> set[str]:
 
 
 def from_the_top(source: str) -> str:
-    "The text with its relative links as seen from the top of the repository; what is no file of ours stays as it is."
+    "The text with links to files of ours relative to the repository; other links are unchanged."
 
     def link(match):
         path = posixpath.normpath(posixpath.join(NBS.name, match[1]))
@@ -51,7 +48,7 @@ def from_the_top(source: str) -> str:
 
 
 def front_page(notebook: Path) -> nbformat.NotebookNode:
-    "The notebook as the README shows it."
+    "The notebook with the cells that the README shows."
     page = nbformat.read(notebook, as_version=4)
     page.metadata["language_info"] = {"name": "python"}  # the fences of code cells say so
     page.cells = [
@@ -63,6 +60,7 @@ def front_page(notebook: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "markdown":
             cell.source = from_the_top(cell.source)
         else:
+            cell.metadata["output_only"] = "echo" in directives(cell.source)
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip()
     return page
 
@@ -74,14 +72,12 @@ def readme(notebook: Path = NBS / "index.ipynb") -> tuple[str, dict[str, bytes]]
     text, resources = exporter.from_notebook_node(
         front_page(notebook), {"unique_key": notebook.stem, "output_files_dir": IMAGES}
     )
-    text = re.sub(
-        r"\n([ \t]*\n){2,}", "\n\n", text
-    ).strip()  # the template leaves runs of empty lines
+    text = re.sub(r"\n([ \t]*\n){2,}", "\n\n", text).strip()  # the template leaves empty lines
     return f"{HEADER}{text}\n", resources["outputs"]
 
 
 def main() -> None:
-    "Write README.md and its figures; figures that it no longer shows are deleted."
+    "Write README.md and its figures, and delete the figures of an earlier version."
     text, figures = readme()
     for old in (ROOT / IMAGES).glob("index_*"):
         old.unlink()

@@ -14,22 +14,21 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..core.model_state import evaluating
+from ..core.model_state import accepts, evaluating
 from ..data.encoding import encode_prompt, pad_batch
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (
     EvaluateError,
-    agree,
     length_batches,
-    log_softmax,
+    one_at_a_time,
     shared_by_processes,
 )
 from ..training.distributed import is_sharded
 from ..training.method import context_length
 
-# %% ../../nbs/evaluation/01_generation.ipynb #00000004
+# %% ../../nbs/evaluation/01_generation.ipynb #00000008
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
-    "The tokens that end an answer: the tokenizer's, and those that the model's generation settings name."
+    "The tokens that end an answer: the tokenizer's, and those of the model's settings."
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, (list, tuple)) else [own]
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
@@ -37,7 +36,7 @@ def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
 
 @contextmanager
 def _greedy(model: nn.Module, tokenizer, max_new_tokens: int) -> Iterator[GenerationConfig]:
-    "Generation settings that are greedy and nothing else; the model's own ones come back afterwards."
+    "Greedy generation settings; the model's own settings are restored afterwards."
     ends = _end_tokens(model, tokenizer)
     padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
     own = [
@@ -59,11 +58,11 @@ def _greedy(model: nn.Module, tokenizer, max_new_tokens: int) -> Iterator[Genera
         for module, config in own:
             module.generation_config = config
 
-# %% ../../nbs/evaluation/01_generation.ipynb #00000005
+# %% ../../nbs/evaluation/01_generation.ipynb #0000000a
 class _RefuseNaN(LogitsProcessor):
-    "Stops generation at the first NaN, which an argmax would hide."
+    "Stops generation at the first NaN."
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str]):  # of the examples in the batch
         self.names = names
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -71,45 +70,12 @@ class _RefuseNaN(LogitsProcessor):
         if broken.any():
             name = self.names[int(broken.int().argmax())]
             raise EvaluateError(
-                f"the model's logits are NaN for example {name!r}: its weights or its steering are broken"
+                f"the model's logits are NaN for example {name!r}: its weights or its steering "
+                "contain values that are not finite"
             )
         return scores
 
-# %% ../../nbs/evaluation/01_generation.ipynb #00000007
-def _first_steps(
-    model: nn.Module, tokenizer, prompts: Sequence[list[int]], greedy: GenerationConfig
-) -> torch.Tensor:
-    "The log-probabilities at the first two steps of generation: (batch, steps, vocab)."
-    inputs = {
-        name: tensor.to(model.device)
-        for name, tensor in pad_batch(tokenizer, prompts, "left").items()
-    }
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=min(2, greedy.max_new_tokens),
-        pad_token_id=greedy.pad_token_id,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return log_softmax(
-        torch.stack(model.generate(**inputs, generation_config=settings).logits, dim=1)
-    )
-
-
-def _generates_in_batches(
-    model: nn.Module, tokenizer, prompts: Sequence[list[int]], greedy: GenerationConfig
-) -> bool:
-    "Whether two prompts go on in a batch as they do alone."
-    probe = [min(prompts, key=len), max(prompts, key=len)]
-    alone = torch.cat([_first_steps(model, tokenizer, [prompt], greedy) for prompt in probe])
-    try:
-        together = _first_steps(model, tokenizer, probe, greedy)
-    except Exception:
-        return False  # one prompt alone did not fail, so it is the batch that the model cannot take
-    return agree(together, alone, model.dtype)
-
-# %% ../../nbs/evaluation/01_generation.ipynb #00000008
+# %% ../../nbs/evaluation/01_generation.ipynb #0000000c
 def _generate(
     model: nn.Module,
     tokenizer,
@@ -117,13 +83,10 @@ def _generate(
     names: Sequence[str],
     greedy: GenerationConfig,
 ) -> list[str]:
-    "What the model writes after each prompt, up to an end token."
-    inputs = {
-        name: tensor.to(model.device)
-        for name, tensor in pad_batch(tokenizer, prompts, "left").items()
-    }
+    "The new text after each prompt, up to an end token."
+    inputs = pad_batch(tokenizer, prompts, "left")
     output = model.generate(
-        **inputs,
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         generation_config=greedy,
         logits_processor=LogitsProcessorList([_RefuseNaN(names)]),
         synced_gpus=is_sharded(model),
@@ -134,7 +97,7 @@ def _generate(
         texts.append(tokenizer.decode(tokens[:stop], skip_special_tokens=True))
     return texts
 
-# %% ../../nbs/evaluation/01_generation.ipynb #00000009
+# %% ../../nbs/evaluation/01_generation.ipynb #0000000d
 def generate_answers(
     model: nn.Module,  # a causal language model of transformers, steered or not
     tokenizer,
@@ -143,42 +106,34 @@ def generate_answers(
     chat: bool = False,  # `task.chat`
     batch_size: int = 16,  # prompts at once
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, in the order given: new text only, no special tokens.
+    """The greedy continuation of each prompt: new text only, without special tokens.
 
-    Raises `EvaluateError` for a prompt that leaves no room for the answer in the model's context, and for NaN logits.
+    Raises `EvaluateError` for NaN logits, and if the model's context is too short for a prompt
+    and its answer.
     """
-    prompts, limit = (
-        [encode_prompt(tokenizer, example.prompt, chat) for example in examples],
-        context_length(model),
-    )
-    for example, prompt in zip(examples, prompts):
-        if limit is not None and len(prompt) + max_new_tokens > limit:
+    prompts = [encode_prompt(tokenizer, example.prompt, chat) for example in examples]
+    limit, lengths = context_length(model), [len(prompt) for prompt in prompts]
+    for example, length in zip(examples, lengths, strict=True):
+        if limit is not None and length + max_new_tokens > limit:
             raise EvaluateError(
-                f"example {example.id!r} has a prompt of {len(prompt)} tokens; with {max_new_tokens} new ones "
-                f"that is more than the model's context of {limit}: leave it out, or ask for fewer"
+                f"example {example.id!r} has a prompt of {length} tokens; with {max_new_tokens} "
+                f"new ones that is more than the model's context of {limit}: leave the example "
+                "out, or ask for fewer new tokens"
             )
+    keys = None if accepts(model, "position_ids") else lengths
+    rows = [batch_size if one_at_a_time(model) else 1] * len(prompts)
+    batches = length_batches(lengths, rows, batch_size, keys)
     with (
         evaluating(model),
         _greedy(model, tokenizer, max_new_tokens) as greedy,
         tqdm(total=len(examples), desc="answers", leave=False, delay=2) as bar,
     ):
-        if (
-            batch_size > 1
-            and len(prompts) > 1
-            and not _generates_in_batches(model, tokenizer, prompts, greedy)
-        ):
-            batch_size = 1
 
         def work(batch: list[int]) -> Iterator[tuple[int, str]]:
             names = [examples[index].id for index in batch]
-            yield from zip(
-                batch,
-                _generate(model, tokenizer, [prompts[index] for index in batch], names, greedy),
-            )
+            own = [prompts[index] for index in batch]
+            yield from zip(batch, _generate(model, tokenizer, own, names, greedy), strict=True)
             bar.update(len(batch))
 
-        texts = shared_by_processes(
-            length_batches([len(prompt) for prompt in prompts], [1] * len(prompts), batch_size),
-            work,
-        )
+        texts = shared_by_processes(batches, work)
     return [texts[index] for index in range(len(examples))]
