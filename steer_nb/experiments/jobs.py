@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Arm', 'Experiment', 'Job', 'Selection', 'select', 'plan']
 
-# %% ../../nbs/experiments/02_jobs.ipynb #00000002
+# %% ../../nbs/experiments/02_jobs.ipynb #4a582196
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .store import Spec
+from .store import Spec, records_of
 from ..methods.registry import METHODS, method_row
 
-# %% ../../nbs/experiments/02_jobs.ipynb #00000005
+# %% ../../nbs/experiments/02_jobs.ipynb #d26a36c8
 @dataclass(frozen=True)
 class Arm:
     "A method as one side of a comparison."
@@ -24,39 +24,31 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    "What is compared on what. Plain data: it is kept in the store, and a changed one under the same name is refused."
+    "What is compared on what. A store keeps it, and rejects a changed one of the same name."
 
     name: str
     models: tuple[str, ...]
-    tasks: dict[str, dict]  # by label, the arguments of `load_task` but its seed
+    tasks: dict[str, dict]  # by label, the arguments of `load_task` without its seed
     arms: dict[str, Arm]  # by label
-    training: dict  # of `TrainConfig`, the same for all
-    sweep_seeds: tuple[int, ...] = (0,)  # that select the rate
-    seeds: tuple[int, ...] = (0, 1, 2)  # that are scored on test
+    training: dict  # fields of `TrainConfig`, the same for all
+    sweep_seeds: tuple[int, ...] = (0,)  # with which the rate is selected
+    seeds: tuple[int, ...] = (0, 1, 2)  # which are evaluated on the test set
     batch_size: int = 64  # of evaluation
-    widen: int = 3  # how often a grid may be widened on each side
-    budgets: dict[str, dict] = field(
-        default_factory=dict
-    )  # by task, what is other than in `training`
+    widen: int = 3  # how many rates may be added on each side of a grid
+    budgets: dict[str, dict] = field(default_factory=dict)  # by task, what differs in `training`
 
     def spec(self, model: str, task: str, arm: str, lr: float | None, seed: int) -> Spec:
-        "The run of one arm."
+        "One run of an arm; of the arm `zero_shot` whatever the rate and the seed."
         if arm == "zero_shot":
             return Spec(model, self.tasks[task], "zero_shot", {}, None, 0, {})
-        row, options = METHODS[method_row(self.arms[arm].method, {})[0]], self.arms[arm].options
-        seeded = {**options, "seed": seed} if "seed" in row.options else dict(options)
-        return Spec(
-            model,
-            self.tasks[task],
-            self.arms[arm].method,
-            seeded,
-            lr,
-            seed,
-            {**self.training, **self.budgets.get(task, {})},
-        )
+        method, options = self.arms[arm].method, dict(self.arms[arm].options)
+        if "seed" in METHODS[method_row(method, {})[0]].options:
+            options["seed"] = seed
+        training = {**self.training, **self.budgets.get(task, {})}
+        return Spec(model, self.tasks[task], method, options, lr, seed, training)
 
     def cells(self) -> Iterator[tuple[str, str, str]]:
-        "(model, task, arm) for every comparison to make."
+        "(model, task, arm) for every comparison."
         for model in self.models:
             for task in self.tasks:
                 for arm in self.arms:
@@ -65,34 +57,37 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Job:
-    "Something to do: train and validate (`run`), or score on test (`test`)."
+    "One step of an experiment: train and validate (`run`), or evaluate on the test set (`test`)."
 
     kind: str
     spec: Spec
 
     @property
     def key(self) -> tuple[str, str]:
+        "The kind and the id, which its record has too."
         return self.kind, self.spec.id
 
-# %% ../../nbs/experiments/02_jobs.ipynb #00000006
+# %% ../../nbs/experiments/02_jobs.ipynb #04023eaa
 @dataclass(frozen=True)
 class Selection:
-    "The learning rate of an arm, or what is missing to select it."
+    "The learning rate of an arm, or the runs that are missing to select it."
 
-    lr: float | None  # None while something is missing
+    lr: float | None  # None while runs are missing, and where every rate failed
     missing: tuple[Spec, ...] = ()
-    edge: bool = (
-        False  # whether the rate lies at the edge of a grid that was widened as often as allowed
-    )
+    edge: bool = False  # whether the rate is the first or last of a grid that was fully widened
     accuracy: float | None = None  # on validation, the mean over the sweep seeds
     rates: tuple[float, ...] = ()  # all that were tried
-    failed: bool = False  # at every rate: there is nothing to select
+    failed: bool = False  # whether every rate failed
 
 
 def select(
-    experiment: Experiment, runs: Mapping[str, dict], model: str, task: str, arm: str
+    experiment: Experiment,
+    runs: Mapping[str, dict],  # records of kind "run" by id
+    model: str,
+    task: str,
+    arm: str,
 ) -> Selection:
-    'Select by validation, and widen the grid where its edge is best; `runs` are records of kind "run" by id.'
+    "Select the rate by validation, widening the grid while its first or last rate is the best."
     rates, widened = sorted(experiment.arms[arm].rates), {-1: 0, 1: 0}
     while True:
         specs = {
@@ -104,36 +99,32 @@ def select(
             return Selection(None, missing, rates=tuple(rates))
         scores = {rate: _score([runs[spec.id] for spec in own]) for rate, own in specs.items()}
         best = max(rates, key=scores.get)
-        if scores[best][0] < 0:
+        accuracy = scores[best][0]
+        if accuracy < 0:
             return Selection(None, failed=True, rates=tuple(rates))
-        side = -1 if best == rates[0] else 1 if best == rates[-1] else 0
-        if side == 0 or len(rates) == 1 or widened[side] == experiment.widen:
-            return Selection(
-                best,
-                edge=side != 0 and len(rates) > 1,
-                accuracy=scores[best][0],
-                rates=tuple(rates),
-            )
+        side = 0
+        if len(rates) > 1:
+            side = {rates[0]: -1, rates[-1]: 1}.get(best, 0)
+        if side == 0 or widened[side] == experiment.widen:
+            return Selection(best, edge=side != 0, accuracy=accuracy, rates=tuple(rates))
         widened[side] += 1
         factor = rates[1] / rates[0] if side < 0 else rates[-1] / rates[-2]
         rates = sorted([*rates, float(f"{best * factor**side:.3g}")])
 
 
 def _score(records: Sequence[dict]) -> tuple[float, float]:
-    "Mean accuracy, then the negative mean loss; a run that failed is worse than any other."
+    "Mean accuracy, then the negative mean loss; a failed run is worse than any other."
     if any(record["status"] != "done" for record in records):
         return -1.0, -float("inf")
-    return sum(record["accuracy"] for record in records) / len(records), -sum(
-        record["loss"] for record in records
-    ) / len(records)
-
-
-def plan(experiment: Experiment, records: Sequence[dict]) -> list[Job]:
-    "What is missing now, in the order to do it: one comparison after another, its sweep before its tests. It depends on nothing else."
-    runs, tests = (
-        {record["id"]: record for record in records if record["kind"] == kind}
-        for kind in ("run", "test")
+    accuracy, loss = (
+        sum(record[key] for record in records) / len(records) for key in ("accuracy", "loss")
     )
+    return accuracy, -loss
+
+# %% ../../nbs/experiments/02_jobs.ipynb #d0f2fd58
+def plan(experiment: Experiment, records: Sequence[dict]) -> list[Job]:
+    "The jobs that can be done now, one comparison after another, its sweep before its tests."
+    runs, tests = records_of(records, "run"), records_of(records, "test")
     jobs = [
         Job("test", experiment.spec(model, task, "zero_shot", None, 0))
         for model in experiment.models
@@ -142,11 +133,10 @@ def plan(experiment: Experiment, records: Sequence[dict]) -> list[Job]:
     for cell in experiment.cells():
         chosen = select(experiment, runs, *cell)
         jobs += [Job("run", spec) for spec in chosen.missing]
-        for spec in (
-            [experiment.spec(*cell, chosen.lr, seed) for seed in experiment.seeds]
-            if chosen.lr is not None
-            else ()
-        ):
+        if chosen.lr is None:
+            continue
+        for seed in experiment.seeds:
+            spec = experiment.spec(*cell, chosen.lr, seed)
             if spec.id not in runs:
                 jobs.append(Job("run", spec))
             elif runs[spec.id]["status"] == "done":
