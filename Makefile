@@ -1,41 +1,56 @@
-# `make demo` and `make test` are all the set-up there is: they make the virtual environment when it is missing.
+# Every target makes the virtual environment first if it is missing or out of date.
 PYTHON ?= python3
 VENV ?= .venv
 LAB_FLAGS ?=
-FILES ?=
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
+WORKERS ?= 2
 
-.PHONY: help demo test lab export readme clean
+# Tests run in several processes: one thread each, and no network access to the Hub.
+TEST_ENVIRONMENT = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help demo test test-all lab export readme clean
 
 help:
-	@echo "make demo    steer a real language model on real data (the main job)"
-	@echo "make test    run every notebook and every test; FILES='nbs/00_sites.ipynb' runs only those"
-	@echo "make lab     open JupyterLab on the notebooks; LAB_FLAGS='--no-browser' is passed on"
-	@echo "make export  write steer_nb/ from the notebooks, and clean the notebooks"
-	@echo "make readme  write README.md from nbs/index.ipynb"
-	@echo "make clean   remove caches and build leftovers; $(VENV) stays"
+	@echo "make demo      steer a real language model on real data"
+	@echo "make test      run every notebook and every test, except those marked slow"
+	@echo "make test-all  run everything, including slow cells and slow tests"
+	@echo "make lab       open JupyterLab on the notebooks; LAB_FLAGS='--no-browser' is passed on"
+	@echo "make export    write steer_nb/ from the notebooks, and clean the notebooks"
+	@echo "make readme    write README.md from nbs/index.ipynb"
+	@echo "make clean     remove caches and build files; $(VENV) stays"
 
 $(BIN)/python:
-	@command -v "$(PYTHON)" > /dev/null || { echo "error: there is no $(PYTHON) here: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@command -v "$(PYTHON)" > /dev/null || { echo "error: $(PYTHON) was not found: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), and steer_nb needs 3.10 or newer: name one with PYTHON=..." >&2; exit 1; }
 	@echo "Making a virtual environment in $(VENV)"
 	@"$(PYTHON)" -m venv "$(VENV)" || \
 		{ rm -f "$(BIN)/python"; echo "error: $(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
+# JupyterLab of this environment cleans a notebook when it saves it, so that git shows real changes only.
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing steer_nb and its tools into $(VENV), in the versions of constraints.txt (once; it takes some minutes)"
 	@"$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@mkdir -p "$(VENV)/etc/jupyter"
+	@echo '{"FileContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > "$(VENV)/etc/jupyter/jupyter_server_config.json"
 	@touch "$@"
 
 demo: $(INSTALLED)
-	@echo "Steering SmolLM2-135M on SST-2 (the first run fetches the model and the data)"
+	@echo "Steering SmolLM2-135M on SST-2 (the first run downloads the model and the data)"
 	@"$(BIN)/steer_nb" demo --overwrite
 
 test: $(INSTALLED)
-	@echo "Running the notebooks and the tests (the first run fetches the model and the data)"
-	@"$(BIN)/python" tests/run_all.py $(FILES)
+	@echo "Running the notebooks and the tests (the first run downloads the model and the data)"
+	@export $(TEST_ENVIRONMENT); status=0; \
+		nbdev_test --n_workers $(WORKERS) || status=1; \
+		python -m pytest -q -n $(WORKERS) || status=1; exit $$status
+
+test-all: $(INSTALLED)
+	@echo "Running every cell and every test, slow ones included"
+	@export $(TEST_ENVIRONMENT); status=0; \
+		nbdev_test --n_workers $(WORKERS) --flags slow || status=1; \
+		python -m pytest -q -n $(WORKERS) -m "" || status=1; exit $$status
 
 lab: $(INSTALLED)
 	@echo "Opening JupyterLab on nbs/ (stop it with Ctrl-C)"
@@ -51,6 +66,6 @@ readme: $(INSTALLED)
 	@"$(BIN)/python" nbs/make_readme.py
 
 clean:
-	@echo "Removing caches and build leftovers ($(VENV) stays)"
-	@rm -rf build dist _docs _proc .pytest_cache *.egg-info
+	@echo "Removing caches and build files ($(VENV) stays)"
+	@rm -rf build dist _docs _proc .pytest_cache .ruff_cache *.egg-info
 	@find nbs steer_nb tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
