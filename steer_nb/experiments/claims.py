@@ -182,32 +182,31 @@ def extra_angle(values: dict) -> np.ndarray:
     return (np.diagonal(angles[:seeds, seeds:]) - np.max(same, 0))[:, None]
 
 # %% ../../nbs/experiments/16_claims.ipynb #e1534cb7
-_POST_BLOCK = ("post_block_vector", "post_block_linear", "post_block_nonlinear")
+_KINDS = ("vector", "linear", "nonlinear")
+_LINEAR, _JOINT = ("post_block_linear",), ("joint",)
 
 
 CLAIMS = (
     Claim(
         "C1",
         "after the block beats after the MLP, at equal parameters",
-        _POST_BLOCK[1:],  # vectors are the same at both (T7)
-        ("mlp_linear", "mlp_nonlinear"),
+        tuple(f"post_block_{kind}" for kind in _KINDS[1:]),  # vectors are the same at both (T7)
+        tuple(f"mlp_{kind}" for kind in _KINDS[1:]),
     ),
     Claim(
         "C1",
         "after the block beats the attention's output, at equal parameters",
-        _POST_BLOCK,
-        ("attn_vector", "attn_linear", "attn_nonlinear"),
+        tuple(f"post_block_{kind}" for kind in _KINDS),
+        tuple(f"attn_{kind}" for kind in _KINDS),
     ),
     Claim(
         "C2",
         "post-block linear is within 0.9 points of full fine-tuning",
-        ("post_block_linear",),
+        _LINEAR,
         ("full",),
-        -0.009,
+        margin=-0.009,
     ),
-    Claim(
-        "C3", "post-block linear beats LoReFT (rank 8 each)", ("post_block_linear",), ("loreft",)
-    ),
+    Claim("C3", "post-block linear beats LoReFT (rank 8 each)", _LINEAR, ("loreft",)),
     Claim(
         "C3",
         "a post-block vector beats LoFiT on all heads, at equal parameters",
@@ -220,16 +219,11 @@ CLAIMS = (
         ("post_block_linear_rank1",),
         ("jola",),
     ),
-    Claim(
-        "C3",
-        "post-block linear beats LoRA, with fewer parameters",
-        ("post_block_linear",),
-        ("lora",),
-    ),
+    Claim("C3", "post-block linear beats LoRA, with fewer parameters", _LINEAR, ("lora",)),
     Claim(
         "C4",
         "linear does better than nonlinear on small models",
-        ("post_block_linear",),
+        _LINEAR,
         ("post_block_nonlinear",),
     ),
     Claim(
@@ -263,13 +257,13 @@ CLAIMS = (
     Claim(
         "C7",
         "LoRA and steering together do more than the LoRA part alone",
-        ("joint",),
+        _JOINT,
         ("joint:weights",),
     ),
     Claim(
         "C7",
         "LoRA and steering together do more than the steering part alone",
-        ("joint",),
+        _JOINT,
         ("joint:activations",),
     ),
     Claim(
@@ -278,8 +272,8 @@ CLAIMS = (
         measurement="halves",
         read=extra_angle,
     ),
-    Claim("C8", "joint training beats LoRA alone", ("joint",), ("lora",)),
-    Claim("C8", "joint training beats post-block linear alone", ("joint",), ("post_block_linear",)),
+    Claim("C8", "joint training beats LoRA alone", _JOINT, ("lora",)),
+    Claim("C8", "joint training beats post-block linear alone", _JOINT, _LINEAR),
 )
 
 # %% ../../nbs/experiments/16_claims.ipynb #8e9a7d9e
