@@ -22,7 +22,7 @@ from steer_nb.experiments.bench import bench
 from steer_nb.experiments.bench_record import TARGETS, Bench
 from steer_nb.experiments.contestants import CONTESTANTS, KINDS, ROUNDS, peak_memory
 from steer_nb.experiments.inference_turns import STEPS, DecodeTurn
-from steer_nb.experiments.testbed import load_bed
+from steer_nb.experiments.testbed import load_testbed
 from steer_nb.experiments.timing import (
     AXES,
     BenchError,
@@ -446,7 +446,7 @@ def test_pyreft_itself():
 
 
 def test_costs_are_measured_on_every_axis():
-    config = load_bed("tiny-llama")[0].config
+    config = load_testbed("tiny-llama")[0].config
     axes = {axis: values[:2] for axis, values in AXES.items()}
     usual = {"layers": 2, "rank": 2, "length": 8, "batch": 2}
     rows = costs(config, axes, usual, repetitions=1)

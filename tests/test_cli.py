@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from steer_nb.cli.cli import app
-from steer_nb.experiments.testbed import load_bed
+from steer_nb.experiments.testbed import load_testbed
 
 COMMANDS = [
     "demo",
@@ -62,7 +62,7 @@ def json_of(path):
 def tiny(tmp_path_factory):
     "The folder of a model that trains in seconds."
     folder = tmp_path_factory.mktemp("tiny")
-    for part in load_bed("tiny-llama"):
+    for part in load_testbed("tiny-llama"):
         part.save_pretrained(folder)
     return folder
 
@@ -288,7 +288,7 @@ def save_lora(model, folder, **options):
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    return save_lora(load_bed("tiny-llama")[0], tmp_path_factory.mktemp("lora"), lora_alpha=64)
+    return save_lora(load_testbed("tiny-llama")[0], tmp_path_factory.mktemp("lora"), lora_alpha=64)
 
 
 def paragraphs(sentence: str, count: int) -> str:

@@ -151,7 +151,7 @@ def bench(
     "Measure the speed of training, inference and evaluation against other tools."
     from steer_nb.experiments.bench import bench as measure
     from steer_nb.experiments.contestants import CONTESTANTS
-    from steer_nb.experiments.testbed import load_bed
+    from steer_nb.experiments.testbed import load_testbed
     from steer_nb.experiments.timing import costs as measure_growth
 
     found = measure(
@@ -170,7 +170,7 @@ def bench(
         say=typer.echo,
     )
     if costs:
-        found = replace(found, costs=measure_growth(load_bed(model)[0].config))
+        found = replace(found, costs=measure_growth(load_testbed(model)[0].config))
     typer.echo(found)
     if output is not None:
         typer.echo(f"saved in {found.save(output)}")

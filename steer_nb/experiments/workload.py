@@ -17,7 +17,7 @@ from ..core.sites import blocks
 from ..core.steering import steerings
 from ..data.encoding import collate, encode
 from ..data.tasks import load_task
-from .testbed import load_bed
+from .testbed import load_testbed
 from ..training.config import TrainConfig
 from ..training.method import context_length
 
@@ -50,7 +50,7 @@ class Workload:
         rank: int,
         seed: int,
     ):
-        self.model, self.tokenizer = load_bed(model)
+        self.model, self.tokenizer = load_testbed(model)
         options = {"name": task} if isinstance(task, str) else task
         sizes = {"n_train": n, "n_validation": 1, "n_test": n_test}
         self.task = replace(load_task(**{**options, **sizes, "seed": seed}), validation=())

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core.build import resolve_sites
 from ..core.config import SteeringConfig
 from ..core.errors import check_number
 from ..core.sites import activation_shape
-from ..core.build import resolve_sites
 from ..core.steering import steer, steerings
 from .rows import MethodError
 from .shifts import STEERING, steering_size

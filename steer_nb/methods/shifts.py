@@ -9,9 +9,9 @@ __all__ = ['STEERING', 'steering_method', 'steering_size']
 from torch import nn
 
 from ..core.adapters import adapter_size
+from ..core.build import resolve_sites
 from ..core.config import SteeringConfig
 from ..core.sites import activation_shape
-from ..core.build import resolve_sites
 from ..core.steering import steer
 from ..training.method import Method
 
