@@ -1,8 +1,8 @@
 """Child processes for tests, forked from a server that has the training stack imported.
 
-Importing it takes some five seconds, a fork a few milliseconds. The children are real processes: each leads
-a process group of its own, receives real signals, and can be killed. A function given to `start` or `run` must be importable:
-defined at the top level of a test module, and its arguments must pickle."""
+Importing it takes some five seconds, a fork a few milliseconds. The children are real processes:
+each leads a process group of its own, receives real signals, and can be killed. A function given to
+`start` or `run` is defined at the top level of a test module, and its arguments can be pickled."""
 
 import os
 import signal
@@ -87,7 +87,7 @@ class Child:
             self.process.kill()  # it has no group yet
 
     def wait(self, timeout: float = 120) -> Done:
-        "Its end. After `timeout` seconds it is killed, and `TimeoutError` raised with what it wrote."
+        "Wait for its end. After `timeout` seconds it is killed and `TimeoutError` raised."
         self.process.join(timeout)
         if self.running():
             self.kill()
@@ -98,7 +98,7 @@ class Child:
         return Done(self.process.exitcode, self.output("stdout"), self.output("stderr"))
 
     def wait_for(self, happened: Callable[[], object], timeout: float = 60) -> None:
-        "Wait until `happened()` is true. `AssertionError` if the child ends or `timeout` seconds pass before."
+        "Wait until `happened()` is true. `AssertionError` if the child ends before, or too late."
         end = time.monotonic() + timeout
         while not happened():
             assert self.running(), f"it ended before:\n{self.output()}\n{self.output('stderr')}"
@@ -119,7 +119,7 @@ def run(
 
 
 def run_processes(function: Callable, processes: int, *args, timeout=180) -> list[Done]:
-    "Run `function(*args)` in several processes that find each other through torch.distributed's variables."
+    "Run `function(*args)` in processes that find each other by torch.distributed's variables."
     import socket
 
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""What the tests of the repository share: its folders, its notebooks, and the order of its packages."""
+"""What the tests of the repository share: its folders, notebooks, and the order of its packages."""
 
 import re
 from configparser import ConfigParser

@@ -1,5 +1,5 @@
-"""The repository keeps its own rules: modules are what the notebooks export, notebooks are clean, what is
-declared agrees with what is imported, and pages agree with what they are made from."""
+"""The repository keeps its rules: modules are what the notebooks export, notebooks are clean, what
+is declared agrees with what is imported, and pages agree with what they are made from."""
 
 import ast
 import importlib
@@ -389,7 +389,7 @@ def test_ruff_accepts_notebooks_and_tests(command):
 
 
 def test_saving_a_notebook_in_jupyterlab_changes_nothing(tmp_path, monkeypatch):
-    """JupyterLab sends back what it was given, with the kernel's description in the metadata, and the
+    """JupyterLab sends back what it was given, with the kernel's description in the metadata. The
     hook that `make` installs cleans it before it is written."""
     from jupyter_server.services.contents.largefilemanager import LargeFileManager
 

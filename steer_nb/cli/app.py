@@ -172,7 +172,7 @@ def load_steered(model: str, steering: Path | None, dtype: str = "float32"):
     from steer_nb.core.loading import load_steering
     from steer_nb.data.models import load_model
     from steer_nb.methods.registry import load_method
-    from steer_nb.training.method import METHOD_FILE
+    from steer_nb.training.saving import METHOD_FILE
 
     check_choice("dtype", dtype, ("float32", "bfloat16"))
     device = "cpu" if _join_processes() else None  # a sharded model need not fit on one GPU

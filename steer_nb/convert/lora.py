@@ -144,7 +144,8 @@ def _check_plain(folder: str | os.PathLike, config) -> None:
         value = getattr(config, name, plain)
         if value not in (plain, None):
             raise ConvertError(
-                f"the LoRA in {folder} has {name}={value!r}, so it does more than add B A to a weight"
+                f"the LoRA in {folder} has {name}={value!r}, so it does more than add B A to "
+                "a weight"
             )
     start = config.init_lora_weights
     if start not in PLAIN_LORA_STARTS:

@@ -28,7 +28,8 @@ from .testbed import load_testbed
 from ..methods.registry import apply_method, load_method
 from ..training.config import METHOD_FOLDER, OutputError, TrainConfig
 from ..training.fit import fit
-from ..training.method import METHOD_FILE, Method
+from ..training.method import Method
+from ..training.saving import METHOD_FILE
 
 # %% ../../nbs/experiments/13_runner.ipynb #a6c6474f
 @lru_cache(maxsize=8)

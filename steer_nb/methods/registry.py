@@ -30,7 +30,8 @@ from .joint import JointConfig, joint, joint_size
 from .rows import RATES, MethodError, MethodRow, unharmed
 from .shifts import steering_method, steering_size
 from ..training.config import TrainError
-from ..training.method import METHOD_FILE, TENSOR_FILE, Method, read_method, restore_method
+from ..training.method import Method, restore_method
+from ..training.saving import METHOD_FILE, TENSOR_FILE, read_method
 
 # %% ../../nbs/methods/07_registry.ipynb #0000000d
 def _steering(

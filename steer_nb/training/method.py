@@ -22,13 +22,7 @@ from ..core.tables import markdown_table
 from ..data.encoding import Encoded, encode
 from ..data.examples import Task
 from .config import TrainConfig, TrainError, learning_rates
-from steer_nb.training.saving import (  # noqa: F401 (the first three for importers of this module)
-    METHOD_FILE,
-    TENSOR_FILE,
-    read_method,
-    restore_trained,
-    save_trained,
-)
+from .saving import restore_trained, save_trained
 
 # %% ../../nbs/training/04_method.ipynb #77a8dc79
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
