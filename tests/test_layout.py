@@ -51,7 +51,9 @@ def own_imports(source: str, module: str) -> list[tuple[str, str]]:
             elif node.level == 0 and origin.split(".")[0] != "steer_nb":
                 continue
             origin = origin.removeprefix("steer_nb").lstrip(".")
-            found += [(origin, alias.name) for alias in node.names]
+            for alias in node.names:  # a module, or a name of one
+                inner = f"{origin}.{alias.name}"
+                found.append((inner, "") if inner in MODULES else (origin, alias.name))
     return found
 
 

@@ -121,7 +121,7 @@ def fit_oracle(
         data.need_held()
     ridges, bias = RIDGES if ridge is None else (float(ridge),), bias and kind == "linear"
     config = SteeringConfig(kind=kind, site=at, rank=rank, layers=layers, bias=bias)
-    steering = steer(base, config, name)
+    steering = steer(base, config, name=name)
     try:
         with evaluating(base, tuned), tempfile.TemporaryDirectory() as folder:
             steered = [site.layer for site in steering.adapters]
