@@ -178,6 +178,9 @@ def declared(*keys: str) -> set[str]:
     }
 
 
+ELSEWHERE = {"pyreft"}  # imported by a script that runs in another environment
+
+
 def undeclared(sources, names: set[str]) -> set[str]:
     "The packages that the sources import and that none of these distributions brings."
     of = packages_distributions()
@@ -186,7 +189,7 @@ def undeclared(sources, names: set[str]) -> set[str]:
         for source in sources
         for package in packages(source)
         if not names & {normal(distribution) for distribution in of.get(package, ())}
-    }
+    } - ELSEWHERE
 
 
 def test_what_the_library_imports_is_required():
@@ -348,7 +351,7 @@ def test_readme_shows_text_and_figures_and_hides_what_is_hidden(tmp_path):
     value = build.new_output("execute_result", data={"text/plain": "2", "text/html": "<b>2</b>"})
     page = notebook_of(
         build.new_markdown_cell(
-            "# Title\n\nSee [sites](00_sites.ipynb#blocks), [us](../LICENSE), [web](https://a.b/c)."
+            "# Title\n\nSee [sites](core/01_sites.ipynb#blocks), [us](../LICENSE), [web](https://a.b/c)."
         ),
         "#| hide\nsecret",
         build.new_code_cell("#| slow\nshow()", outputs=[printed, value]),
@@ -364,7 +367,7 @@ def test_readme_shows_text_and_figures_and_hides_what_is_hidden(tmp_path):
         == "\n\n".join(
             [
                 "# Title",
-                "See [sites](nbs/00_sites.ipynb#blocks), [us](LICENSE), [web](https://a.b/c).",
+                "See [sites](nbs/core/01_sites.ipynb#blocks), [us](LICENSE), [web](https://a.b/c).",
                 "```python\nshow()\n```",
                 "```\none\n```",
                 "```\n2\n```",

@@ -341,7 +341,7 @@ def test_processes_that_do_not_find_each_other_are_an_error(training, tmp_path):
     for done in children.run_processes(program_without_cpu, 2, *words):
         assert done.returncode == 1
         assert (
-            "error: 2 processes were started, and each sees only itself: "
+            "error: 2 processes were started, but each found only itself: "
             "without GPUs, set ACCELERATE_USE_CPU=true" in done.stderr
         )
     assert not (tmp_path / "run").exists()
