@@ -41,6 +41,7 @@ def _main(function: Callable, args: tuple, environment: dict, cwd: str, folder: 
         os.dup2(file, descriptor)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.clear()  # the server has the environment of an earlier moment
     os.environ.update(environment)
     os.chdir(cwd)
     try:
@@ -57,7 +58,13 @@ class Child:
 
     def __init__(self, function: Callable, args: tuple, environment: Mapping, cwd):
         self.folder = tempfile.TemporaryDirectory(prefix="child-")
-        arguments = (function, args, dict(environment), str(cwd or os.getcwd()), self.folder.name)
+        arguments = (
+            function,
+            args,
+            {**os.environ, **environment},
+            str(cwd or os.getcwd()),
+            self.folder.name,
+        )
         self.process = _CONTEXT.Process(target=_main, args=arguments)
         self.process.start()
 
