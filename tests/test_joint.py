@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from digit_task import TASK, TOKENIZER, tiny
+from toy import tiny, tokenizer, toy
 
 from steer_nb.core.loading import load_steering
 from steer_nb.core.sites import Site
@@ -29,7 +29,7 @@ def train(config, look=lambda *_: None, model=None, **changes):
 
     method.after_step = watched
     options = {"lr": 1e-2, "epochs": 5, "batch_size": 8, **changes}
-    return method, fit(method, TOKENIZER, TASK, TrainConfig(**options))
+    return method, fit(method, tokenizer, toy, TrainConfig(**options))
 
 
 def copies(parameters):
