@@ -57,7 +57,7 @@ FEW = (  # one of each sort, for all other architectures
     "post_block_linear",
     "joint",
 )
-REFUSED = (  # methods, error, words of its message, and the architectures that cannot have them
+UNSUPPORTED = (  # methods, error, words of its message, and the architectures that cannot have them
     (FEW, SiteError, "of blocks", "hrm_text xlm"),
     (
         ("loreft", *HEADS, "post_block_linear", "joint"),
@@ -135,11 +135,11 @@ def slow_unless(names, quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def refusals(model_type, names):
+def unsupported(model_type, names):
     "By method, the error that this architecture is to give, and words of its message."
     return {
         name: (error, words)
-        for methods, error, words, types in REFUSED
+        for methods, error, words, types in UNSUPPORTED
         if model_type in types.split()
         for name in methods
         if name in names
@@ -195,7 +195,7 @@ def one_step(method) -> bool:
 def test_every_method_on_families_of_models(model_type, tmp_path):
     "A new method changes nothing, has the size of its formula, gets gradients and can be saved."
     pristine = tiny_model(model_type).requires_grad_(True)
-    base, expected = logits_of(pristine), refusals(model_type, METHODS)
+    base, expected = logits_of(pristine), unsupported(model_type, METHODS)
     for name in METHODS:
         method = try_method(copy.deepcopy(pristine), name, expected)
         if method is None:
@@ -224,7 +224,7 @@ def test_methods_start_as_nothing_on_every_architecture(model_type):
         base = logits_of(pristine)
     except Exception as error:  # what a type that does not build here raises
         pytest.skip(f"does not build here: {error}"[:200])
-    expected = refusals(model_type, FEW)
+    expected = unsupported(model_type, FEW)
     assert torch.equal(base, logits_of(pristine))  # deterministic by itself
     for name in FEW:
         method = try_method(copy.deepcopy(pristine), name, expected)

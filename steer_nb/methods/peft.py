@@ -83,7 +83,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that "all-linear" means, by path.
 
     Left out are the output layer, routers, and in `MAMBAS` the layers `out_proj`: their kernels
-    read its weight without calling it, and PEFT raises an error for it. Experts that are stored in one
+    read its weight without calling it, and PEFT raises an error for it. Experts stored in one
     tensor are not linear layers: PEFT takes those as `target_parameters`."""
     mamba = model.config.get_text_config(decoder=True).model_type in MAMBAS
     return {

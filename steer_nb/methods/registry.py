@@ -237,7 +237,7 @@ def load_method(
     """Put a saved method on a model.
 
     Raises `TrainError` and `SteeringError` if the files are damaged or made for another model, and
-    the errors of `apply_method` for the name and the options in them; the model is then unchanged."""
+    the errors of `apply_method` for their name and options; the model is then unchanged."""
     content = read_method(folder)
     try:
         if check_base:
