@@ -126,7 +126,7 @@ METHODS: dict[str, MethodRow] = {
     "attn_linear": _shift("linear", "attn"),
     "attn_nonlinear": _shift("nonlinear", "attn"),
     "joint": MethodRow(
-        "LoRA and a linear shift after the block, in separate directions",
+        "LoRA and a linear shift after the block, kept apart",
         "arXiv 2603.00425",
         joint,
         joint_size,
