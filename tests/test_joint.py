@@ -70,7 +70,7 @@ def rates_by_hand(schedule, top, steps, warmup_ratio):
     ],
 )
 def test_each_part_moves_at_the_rate_of_its_own_schedule(weights, activations):
-    """The optimizer's rates, and the measured moves: AdamW moves each number by rate · m / (√v + ε).
+    """The optimizer's rates, and the moves: AdamW moves each number by rate · m / (√v + ε).
 
     Tolerance of the latter, in float64: moves of 1e-5 of numbers of size 0.1, each rounded."""
     options = {
