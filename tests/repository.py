@@ -13,10 +13,10 @@ NBS, LIB = ROOT / "nbs", ROOT / "steer_nb"
 # with a lower number.
 PACKAGES = [
     "core",
-    "testing",
     "theory",
     "convert",
     "data",
+    "testing",
     "training",
     "methods",
     "evaluation",

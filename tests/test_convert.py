@@ -120,7 +120,7 @@ def test_a_second_vector_goes_into_the_same_bias():
     assert apart(logits(model), wanted) < EXACT
 
 
-def test_later_steerings_are_kept_and_earlier_ones_refused():
+def test_later_steerings_are_kept_and_earlier_ones_raise_an_error():
     model = made("llama")
     vector = put(model, "vector", kind="vector")
     put(model, "behind", rank=2, seed=3)
@@ -134,7 +134,7 @@ def test_later_steerings_are_kept_and_earlier_ones_refused():
     late.remove()
 
 
-def test_a_steering_between_the_projection_and_the_block_is_refused():
+def test_a_steering_between_the_projection_and_the_block_raises_an_error():
     model = made("llama")
     vector = put(model, "vector", kind="vector")
     put(model, "later", site="mlp", rank=2)
@@ -221,17 +221,17 @@ BIAS_REFUSED = {
     "post-norm": (
         lambda: made("gemma3_text"),
         dict(kind="vector"),
-        "post_feedforward_layernorm .* stands between",
+        "post_feedforward_layernorm .* comes between",
     ),
     "post-norm at mlp": (
         lambda: made("olmo2"),
         dict(kind="vector", site="mlp"),
-        "post_feedforward_layernorm .* stands between",
+        "post_feedforward_layernorm .* comes between",
     ),
     "post-norm at attn": (
         lambda: made("gemma3_text"),
         dict(kind="vector", site="attn"),
-        "post_attention_layernorm .* stands between",
+        "post_attention_layernorm .* comes between",
     ),
     "norm after the sum": (
         lambda: made("bert"),
@@ -264,7 +264,7 @@ BIAS_REFUSED = {
 
 
 @pytest.mark.parametrize("case", BIAS_REFUSED)
-def test_a_refused_bias_leaves_the_model_unchanged(case):
+def test_an_impossible_bias_leaves_the_model_unchanged(case):
     make, config, message = BIAS_REFUSED[case]
     model = make()
     steering = put(model, **config)
@@ -283,7 +283,7 @@ def test_a_refused_bias_leaves_the_model_unchanged(case):
     )
 
 
-def test_what_is_not_a_usable_steering_is_refused():
+def test_what_is_not_a_usable_steering_raises_an_error():
     with pytest.raises(ConvertError, match="pass a steering"):
         to_bias(made("llama"))
     steering = put(made("llama"), kind="vector")
@@ -359,7 +359,7 @@ def test_a_lora_is_not_written_over_files(tmp_path):
 @pytest.mark.parametrize(
     "make, config, message",
     [
-        (lambda: made("gemma3_text"), dict(site="mlp"), "stands between"),
+        (lambda: made("gemma3_text"), dict(site="mlp"), "comes between"),
         (lambda: tiny_model("qwen3_moe"), dict(site="mlp"), "no single projection"),
         (lambda: made("llama"), dict(site="block"), "'block' cannot become a LoRA"),
         (lambda: made("llama"), dict(site="mlp", kind="nonlinear"), "nonlinear steering cannot"),
@@ -369,7 +369,7 @@ def test_a_lora_is_not_written_over_files(tmp_path):
         (adapted, dict(site="mlp"), "merge adapters first"),
     ],
 )
-def test_a_lora_is_refused(make, config, message):
+def test_a_lora_raises_an_error(make, config, message):
     steering = put(make(), **{"rank": 2, **config})
     with pytest.raises(ConvertError, match=message):
         to_lora(steering)
@@ -438,13 +438,13 @@ def test_a_steering_from_its_own_lora(model_type, tmp_path):
     assert apart(logits(model), wanted) < EXACT
 
 
-def test_a_lora_outside_the_row_space_is_refused_with_the_share(tmp_path):
+def test_a_lora_outside_the_row_space_raises_an_error_with_the_share(tmp_path):
     _, model = peft_lora(made("llama"), tmp_path, target_modules=["down_proj"])
     base = logits(model)
-    with pytest.raises(ConvertError, match=r"0\.\d+ of it") as refused:
+    with pytest.raises(ConvertError, match=r"0\.\d+ of it") as raised:
         from_lora(model, tmp_path)
     assert (
-        0.5 < float(str(refused.value).split(": ")[1].split()[0]) < 0.9
+        0.5 < float(str(raised.value).split(": ")[1].split()[0]) < 0.9
     )  # sqrt(1 - 32/64) = 0.71 for a random one
     assert not steerings(model) and torch.equal(logits(model), base)
     from_lora(model, tmp_path, tolerance=1)
@@ -456,7 +456,7 @@ def test_a_lora_outside_the_row_space_is_refused_with_the_share(tmp_path):
     )  # what is left lies in the row space
 
 
-def test_a_lora_that_does_not_fit_is_refused(tmp_path):
+def test_a_lora_that_does_not_fit_raises_an_error(tmp_path):
     _, model = peft_lora(
         made("llama", intermediate_size=24),
         tmp_path / "attention",
@@ -535,7 +535,7 @@ def test_a_control_vector_file(tmp_path):
         (lambda: tiny_model("gemma3n_text"), dict(layers=[1]), "does not come out of the block"),
     ],
 )
-def test_a_control_vector_is_refused(make, config, message, tmp_path):
+def test_a_control_vector_raises_an_error(make, config, message, tmp_path):
     steering = put(make(), **{"kind": "vector", **config})
     with pytest.raises(ConvertError, match=message):
         to_control_vector(steering, tmp_path / "vectors.gguf")
@@ -600,7 +600,7 @@ def test_a_gguf_lora_file(tmp_path):
         (lambda: made("bert"), dict(), None, "constants"),
     ],
 )
-def test_a_gguf_lora_is_refused(make, config, arch, message, tmp_path):
+def test_a_gguf_lora_raises_an_error(make, config, arch, message, tmp_path):
     with pytest.raises(ConvertError, match=message):
         to_gguf_lora(
             put(make(), **{"site": "mlp", "rank": 2, **config}), tmp_path / "lora.gguf", arch=arch
@@ -792,10 +792,10 @@ def test_the_fit_is_weighted_least_squares_without_padding():
     )
 
 
-def test_the_nearest_lora_is_refused():
+def test_the_nearest_lora_raises_an_error():
     with pytest.raises(ConvertError, match="'mlp' cannot become"):
         nearest_lora(put(made("llama"), site="mlp", rank=2), batch_of(2))
-    with pytest.raises(ConvertError, match="stands between"):
+    with pytest.raises(ConvertError, match="comes between"):
         nearest_lora(put(made("gemma3_text"), rank=2), batch_of(2))
     model = made("llama")
     steering = put(model, rank=2)
@@ -815,7 +815,7 @@ def test_the_nearest_lora_is_refused():
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_lora_that_changed_the_base_is_refused(start, tmp_path):
+def test_a_lora_that_changed_the_base_raises_an_error(start, tmp_path):
     get_peft_model(
         made("llama").float(),
         LoraConfig(r=2, init_lora_weights=start, target_modules=["down_proj"]),
@@ -825,7 +825,7 @@ def test_a_lora_that_changed_the_base_is_refused(start, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_that_weakens_its_sum_is_refused_in_every_precision(dtype, tmp_path):
+def test_a_block_that_weakens_its_sum_raises_an_error_in_every_precision(dtype, tmp_path):
     model = made("llama", dtype)
     vector = put(model, kind="vector", site="mlp", layers=[1])
     assert to_control_vector(vector, tmp_path / "right.gguf").exists()

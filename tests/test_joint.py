@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from digit_task import TASK, TOKENIZER, tiny
+from toy import tiny, tokenizer, toy
 
 from steer_nb.core.loading import load_steering
 from steer_nb.core.sites import Site
@@ -29,7 +29,7 @@ def train(config, look=lambda *_: None, model=None, **changes):
 
     method.after_step = watched
     options = {"lr": 1e-2, "epochs": 5, "batch_size": 8, **changes}
-    return method, fit(method, TOKENIZER, TASK, TrainConfig(**options))
+    return method, fit(method, tokenizer, toy, TrainConfig(**options))
 
 
 def copies(parameters):
@@ -70,7 +70,7 @@ def rates_by_hand(schedule, top, steps, warmup_ratio):
     ],
 )
 def test_each_part_moves_at_the_rate_of_its_own_schedule(weights, activations):
-    """The optimizer's rates, and what it did: AdamW moves each number by rate · m / (√v + ε).
+    """The optimizer's rates, and the moves: AdamW moves each number by rate · m / (√v + ε).
 
     Tolerance of the latter, in float64: moves of 1e-5 of numbers of size 0.1, each rounded."""
     options = {
@@ -79,7 +79,7 @@ def test_each_part_moves_at_the_rate_of_its_own_schedule(weights, activations):
         for name, value in zip(("schedule", "lr", "window"), values, strict=True)
     }
     config = JointConfig(rank=2, weight_rank=2, project="never", **options)
-    told, did = [], []
+    reported, measured = [], []
     before = [copies(group.parameters) for group in joint(tiny().double(), config).groups()]
 
     def direction(state):
@@ -90,14 +90,14 @@ def test_each_part_moves_at_the_rate_of_its_own_schedule(weights, activations):
         return float(update.abs().sum())
 
     def look(method, step, optimizer):
-        told.append([group["lr"] for group in optimizer.param_groups])
+        reported.append([group["lr"] for group in optimizer.param_groups])
         rates = []
         for group, old in zip(optimizer.param_groups, before, strict=True):
             pairs = zip(group["params"], old, strict=True)
             moved = sum(float((p - start).abs().sum()) for p, start in pairs)
             expected = sum(direction(optimizer.state.get(p)) for p in group["params"])
             rates.append(moved / (expected or 1))
-        did.append(rates)
+        measured.append(rates)
         before[:] = [copies(group["params"]) for group in optimizer.param_groups]
 
     _, run = train(config, look, tiny().double(), schedule="cosine", warmup_ratio=0.2)
@@ -107,9 +107,11 @@ def test_each_part_moves_at_the_rate_of_its_own_schedule(weights, activations):
         first, last = round(20 * first), round(20 * last)
         rates = rates_by_hand(schedule or "cosine", 1e-2 * share, last - first, 0.2)
         expected.append([0.0] * first + rates + [0.0] * (20 - last))
-    assert len(told) == len(expected[0]) == 20 and expected[0] != expected[1]
+    assert len(reported) == len(expected[0]) == 20 and expected[0] != expected[1]
     by_step = list(zip(*expected, strict=True))
-    for step, (rates, done, right) in enumerate(zip(told, did, by_step, strict=True), start=1):
+    for step, (rates, done, right) in enumerate(
+        zip(reported, measured, by_step, strict=True), start=1
+    ):
         assert rates == pytest.approx(right, rel=1e-12), step
         assert done == pytest.approx(right, rel=1e-9), step
     highest = [max(pair) for pair in by_step]

@@ -12,8 +12,8 @@ from functools import partial
 import children
 import pytest
 import torch
-from digit_task import TASK, TOKENIZER, tiny
 from safetensors.torch import load_file, save_file
+from toy import tiny, tokenizer, toy
 
 from steer_nb.core.adapters import make_adapter
 from steer_nb.core.hooks import edit
@@ -57,7 +57,7 @@ FEW = (  # one of each sort, for all other architectures
     "post_block_linear",
     "joint",
 )
-REFUSED = (  # methods, error, words of its message, and the architectures that cannot have them
+UNSUPPORTED = (  # methods, error, words of its message, and the architectures that cannot have them
     (FEW, SiteError, "of blocks", "hrm_text xlm"),
     (
         ("loreft", *HEADS, "post_block_linear", "joint"),
@@ -135,11 +135,11 @@ def slow_unless(names, quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def refusals(model_type, names):
+def unsupported(model_type, names):
     "By method, the error that this architecture is to give, and words of its message."
     return {
         name: (error, words)
-        for methods, error, words, types in REFUSED
+        for methods, error, words, types in UNSUPPORTED
         if model_type in types.split()
         for name in methods
         if name in names
@@ -195,7 +195,7 @@ def one_step(method) -> bool:
 def test_every_method_on_families_of_models(model_type, tmp_path):
     "A new method changes nothing, has the size of its formula, gets gradients and can be saved."
     pristine = tiny_model(model_type).requires_grad_(True)
-    base, expected = logits_of(pristine), refusals(model_type, METHODS)
+    base, expected = logits_of(pristine), unsupported(model_type, METHODS)
     for name in METHODS:
         method = try_method(copy.deepcopy(pristine), name, expected)
         if method is None:
@@ -224,7 +224,7 @@ def test_methods_start_as_nothing_on_every_architecture(model_type):
         base = logits_of(pristine)
     except Exception as error:  # what a type that does not build here raises
         pytest.skip(f"does not build here: {error}"[:200])
-    expected = refusals(model_type, FEW)
+    expected = unsupported(model_type, FEW)
     assert torch.equal(base, logits_of(pristine))  # deterministic by itself
     for name in FEW:
         method = try_method(copy.deepcopy(pristine), name, expected)
@@ -238,7 +238,7 @@ def test_methods_start_as_nothing_on_every_architecture(model_type):
 
 # The equations, on a plain model with weights or activations changed by hand
 
-BATCH = task_batches(TOKENIZER, TASK.train, batch_size=29)[0]
+BATCH = task_batches(tokenizer, toy.train, batch_size=29)[0]
 INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
 ENDS = (BATCH["labels"] != -100).int().argmax(dim=1)  # where each prompt ends
 
@@ -415,7 +415,7 @@ def test_every_method_trains(name, tmp_path):
         if not p.requires_grad
     }
     config = TrainConfig(lr=3e-3 if name == "full" else 2e-2, epochs=4, batch_size=8)
-    run = fit(method, TOKENIZER, TASK, config, output=tmp_path)
+    run = fit(method, tokenizer, toy, config, output=tmp_path)
     assert run.best_loss < run.validation[0]["loss"]
     assert run.trainable == method.num_parameters == method_size(tiny(), name, **method.options)
     after = dict(method.model.named_parameters())
@@ -449,11 +449,11 @@ def break_after(model, passes):
 def test_a_resumed_training_is_bit_identical(name, options, passes, tmp_path):
     reference, broken, again = (apply_method(tiny(), name, **options) for _ in range(3))
     config = TrainConfig(lr=1e-2, epochs=2, batch_size=8)
-    expected = fit(reference, TOKENIZER, TASK, config)
+    expected = fit(reference, tokenizer, toy, config)
     break_after(broken.model, passes)
     with pytest.raises(KeyboardInterrupt):
-        fit(broken, TOKENIZER, TASK, config, output=tmp_path, checkpoint_every=0)
-    run = fit(again, TOKENIZER, TASK, config, output=tmp_path, checkpoint_every=0)
+        fit(broken, tokenizer, toy, config, output=tmp_path, checkpoint_every=0)
+    run = fit(again, tokenizer, toy, config, output=tmp_path, checkpoint_every=0)
     assert run.resumed == [passes % 8]  # eight steps in each stage
     assert run.curve == expected.curve and run.validation == expected.validation
     assert run.best_step == expected.best_step and again.options == reference.options
@@ -475,7 +475,7 @@ def train_together(path):
         torch.manual_seed(0)
         method = apply_method(tiny().double(), name, **options)
         config = TrainConfig(lr=1e-2, epochs=2, batch_size=8)
-        run = fit(method, TOKENIZER, TASK, config)
+        run = fit(method, tokenizer, toy, config)
         values = {
             key: p.detach().flatten()[:5].tolist()
             for key, p in method.model.named_parameters()
@@ -514,7 +514,7 @@ def test_reft_rotations_stay_orthonormal():
         seen.extend(float((a.R @ a.R.T - torch.eye(4)).abs().max()) for a in adapters)
 
     method.after_step = look
-    fit(method, TOKENIZER, TASK, TrainConfig(lr=2e-2, epochs=4, batch_size=8))
+    fit(method, tokenizer, toy, TrainConfig(lr=2e-2, epochs=4, batch_size=8))
     assert len(seen) == 32 and max(seen) < 1e-6
 
 
@@ -522,7 +522,7 @@ def test_jolas_penalty_closes_gates():
     shares = {}
     for l0 in (0.0, 5.0):
         method = apply_method(tiny(), "jola", l0=l0)
-        fit(method, TOKENIZER, TASK, TrainConfig(lr=5e-2, epochs=8, batch_size=8))
+        fit(method, tokenizer, toy, TrainConfig(lr=5e-2, epochs=8, batch_size=8))
         adapters = steerings(method.model)["method"].adapters.values()
         shares[l0] = float(sum(a.expected_open() for a in adapters)) / 16
     assert shares[5.0] < shares[0.0] - 0.1
@@ -583,7 +583,7 @@ def test_lofit_trains_vectors_on_the_heads_with_the_largest_scales(tmp_path):
     method = apply_method(base, "lofit", n_heads=2)
     with seen_at_choice(method) as (scales, new):
         config = TrainConfig(lr=3e-2, epochs=3, batch_size=8)
-        fit(method, TOKENIZER, TASK, config, output=tmp_path / "run")
+        fit(method, tokenizer, toy, config, output=tmp_path / "run")
 
     rows = {
         (int(name.split("layers.")[1].split(".")[0]), head): row
@@ -617,7 +617,7 @@ def test_lofits_penalty_shortens_the_scales():
     for l1 in (0.0, 0.01):
         method = apply_method(tiny(), "lofit", n_heads=2, l1=l1)
         with seen_at_choice(method) as (scales, _):
-            fit(method, TOKENIZER, TASK, TrainConfig(lr=3e-2, epochs=3, batch_size=8))
+            fit(method, tokenizer, toy, TrainConfig(lr=3e-2, epochs=3, batch_size=8))
         length[l1] = sum(float(scale.abs().sum()) for scale in scales.values())
     assert 0 < length[0.01] < 0.9 * length[0.0], length
 

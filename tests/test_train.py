@@ -21,15 +21,6 @@ from steer_nb.training.fit import fit
 from steer_nb.training.method import Group, Method
 from steer_nb.training.plan import plan_steps
 
-TOY = """
-import sys, warnings
-import torch
-from steer_nb.core.config import SteeringConfig
-from steer_nb.core.steering import steer, steerings
-from steer_nb.training.config import TrainConfig, TrainError
-from steer_nb.training.fit import fit
-from toy import tiny, tokenizer, toy
-"""  # for other test files that run a program; new ones import `toy`
 UNSEEN = replace(toy, validation=())
 LENGTHS = [len(encode(tokenizer, example).input_ids) for example in toy.train]
 

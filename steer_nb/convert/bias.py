@@ -42,7 +42,7 @@ def _bias_switch(model: PreTrainedModel, paths: list[str]) -> tuple[str, dict[st
 
 
 def _readers(steering: Steering) -> list[str]:
-    "Names of other steerings that read what a bias would change, before this steering adds to it."
+    "Names of other steerings that read an activation which the bias would change for them."
     sites, earlier, found = set(steering.adapters), True, []
     for name, other in steerings(steering.model).items():
         if name == steering.name:
@@ -76,7 +76,7 @@ def to_bias(
     others = _readers(steering)
     if others:
         raise ConvertError(
-            f"the steering {others[0]!r} reads what the bias would change: "
+            f"the steering {others[0]!r} reads an activation that the bias would change: "
             "remove or convert that one first"
         )
     vectors = {

@@ -116,8 +116,8 @@ def to_gguf_lora(
         raise ConvertError("pass a steering, or the Lora that to_lora made of one")
     if lora.bias:
         raise ConvertError(
-            "this LoRA has constants (lora_bias), and llama.cpp's adapter files have no place "
-            "for them"
+            "this LoRA has constants (lora_bias), and llama.cpp's adapter files cannot "
+            "represent them"
         )
     arch = _gguf_arch(lora.model_type, arch)
     key = next(key for key, name in MODEL_ARCH_NAMES.items() if name == arch)

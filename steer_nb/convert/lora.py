@@ -203,7 +203,7 @@ def _solve(
     if not outside <= tolerance:
         raise ConvertError(
             f"no steering at 'mlp' equals the LoRA on {path}: {outside:.2g} of it (relative norm) "
-            f"reads what W_d does not pass on, more than {tolerance:g}"
+            f"is outside the row space of W_d, more than {tolerance:g}"
         )
     bias = lora.bias.get(path, torch.zeros(W.shape[0])).detach().cpu().double()
     return B, down, projection.scale * (bias - B @ (down @ projection.bias))
@@ -222,7 +222,7 @@ def _down_projections(model: nn.Module, lora: Lora) -> dict[int, Projection]:
     if others:
         raise ConvertError(
             f"the LoRA is on {min(others)!r}, which is not a down projection: "
-            "only those have an equal steering at 'mlp'"
+            "only a LoRA on those equals a steering at 'mlp'"
         )
     return writers
 

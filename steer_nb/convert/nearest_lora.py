@@ -38,7 +38,7 @@ def _as_batches(batches: Mapping | Sequence[Mapping]) -> list[Mapping]:
 def _activations(
     steering: Steering, writers: dict[int, Projection], layers: Sequence[int], batch: Mapping
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each layer what the steering reads, h, and what the projection reads, m.
+    """By layer, the input of the steering, h, and the input of the projection, m.
 
     (tokens, hidden) and (tokens, in), without padding, in float64 on the CPU. Raises `ConvertError`
     for values that are not finite."""

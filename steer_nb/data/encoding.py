@@ -81,7 +81,7 @@ def _encode(
         if max_length is not None and length > max_length:
             raise TaskError(
                 f"example {example.id!r} has {length} tokens, the limit is {max_length}: "
-                "leave it out, or use a model with a longer context (nothing is cut off here)"
+                "leave it out, or use a model with a longer context (nothing is cut off)"
             )
         encoded.append(Encoded(prompt + ids, len(prompt)))
     return encoded

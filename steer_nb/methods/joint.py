@@ -27,8 +27,8 @@ from steer_nb.methods.orthogonal import (
     layer_bases,
     project,
 )
-from .peft import LoraOptions, lora_model, lora_size
-from .rows import unharmed
+from .peft import LoraOptions, add_lora, lora_size
+from .rows import restored_on_error
 from .shifts import steering_size
 from ..training.config import SCHEDULES
 from ..training.method import Group, Method
@@ -60,7 +60,7 @@ def _checked_layers(layers: object) -> str | tuple[int, ...]:
 
 @dataclass(frozen=True)
 class JointConfig:
-    "What is trained together, and how it is kept apart. Raises `JointError` for a wrong value."
+    "The options of joint training. Raises `JointError` for a wrong value."
 
     weights: str = "lora"  # the partner of the steering; not in the paper: "dora" or "full"
     weight_rank: int = 8  # of LoRA and DoRA; of "full": how many directions of its update count
@@ -113,16 +113,18 @@ def _swapped(
     parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
     "While this is open, the parameters have other values."
-    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    current = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def assign(new: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(new[name])
+
     try:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])
+        assign(values)
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(own[name])
+        assign(current)
 
 
 class Joint(Method):
@@ -146,7 +148,7 @@ class Joint(Method):
         self.writers = self._find_writers()
 
     def _find_writers(self) -> dict[int, BlockWriter]:
-        "By layer, how the LoRA part writes to the stream. `JointError` if it writes nowhere."
+        "By layer, the writer of the LoRA part. Raises `JointError` if there is none to project."
         config = self.config
         try:
             projections = last_projections(self.model)
@@ -213,9 +215,9 @@ class Joint(Method):
         return self.config.penalty * sum(overlap.square().sum() for overlap in overlaps)
 
     def after_step(self, step: int, ends_epoch: bool, optimizer: torch.optim.Optimizer) -> None:
-        """Project, if it is time: the steering, or while that is frozen the LoRA update.
+        """If a projection is due, project the steering, or while that is frozen the LoRA update.
 
-        A steering that is frozen and was not trained yet shifts nothing; then nothing is done."""
+        Nothing is done while a frozen steering shifts nothing because it was not trained yet."""
         if not self._is_due(step, ends_epoch):
             return
         weights_frozen, steering_frozen = (group["lr"] == 0 for group in optimizer.param_groups)
@@ -305,17 +307,16 @@ def joint(
 
     PEFT wraps the model: use `.model` of what is returned. Raises `JointError` if LoRA does not
     adapt the blocks' last projections, `SiteError` if the model has no blocks, `TrainError` for a
-    target that it lacks, and PEFT's own `ValueError`s; the model is then as it was."""
+    target that it lacks, and PEFT's `ValueError`s; the model is then unchanged."""
     config = JointConfig() if config is None else config
-    with unharmed(model):
+    with restored_on_error(model):
         base = describe_base(model)
         if config.weights == "full":
             model.requires_grad_(False)
             for block in _blocks_of(model, config.weight_layers):
                 block.requires_grad_(True)
         else:
-            lora = config.lora
-            model = lora_model(model, lora.rank, lora.targets, lora.alpha, lora.dora, lora.seed)
+            model = add_lora(model, config.lora)
         steer(model, config.steering, name="joint", freeze=False)
         return Joint(model, config, base)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAMBAS', 'KEYS_AND_VALUES', 'linear_shape', 'full_method', 'full_size', 'bitfit_method', 'bitfit_size',
-           'linear_layers', 'LoraOptions', 'lora_model', 'lora_method', 'lora_size', 'ia3_method', 'ia3_size']
+           'linear_layers', 'LoraOptions', 'lora_model', 'add_lora', 'lora_method', 'lora_size', 'ia3_method',
+           'ia3_size']
 
 # %% ../../nbs/methods/02_peft.ipynb #00000002
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that "all-linear" means, by path.
 
     Left out are the output layer, routers, and in `MAMBAS` the layers `out_proj`: their kernels
-    read its weight without calling it, and PEFT refuses to adapt it. Experts that are stored in one
+    read its weight without calling it, and PEFT raises an error for it. Experts stored in one
     tensor are not linear layers: PEFT takes those as `target_parameters`."""
     mamba = model.config.get_text_config(decoder=True).model_type in MAMBAS
     return {
@@ -146,12 +147,15 @@ def lora_model(
 
     Raises `TrainError` for a wrong value or a target that the model lacks, and PEFT's
     `ValueError`s."""
+    return add_lora(model, LoraOptions(rank, alpha, targets, seed, dora))
+
+
+def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
+    "As `lora_model`, with the options as one object."
     from peft import LoraConfig, get_peft_model  # slow to import
 
-    LoraOptions(rank, alpha, targets, seed, dora)
     known = list(linear_layers(model))
-    if targets == "all-linear":
-        targets = known
+    targets = known if options.targets == "all-linear" else options.targets
     targets = [targets] if isinstance(targets, str) else list(targets)
     paths = [path for path, _ in model.named_modules()]
     for target in targets:  # PEFT raises an error only if it finds none of them
@@ -159,23 +163,21 @@ def lora_model(
             ends = [path.rpartition(".")[2] for path in known]
             raise TrainError(f"the model has no module {target!r}{nearest(target, ends)}")
     config = LoraConfig(
-        r=int(rank),
-        lora_alpha=2 * int(rank) if alpha is None else alpha,
+        r=int(options.rank),
+        lora_alpha=2 * int(options.rank) if options.alpha is None else options.alpha,
         lora_dropout=0.0,
-        use_dora=dora,
+        use_dora=options.dora,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # does not change the global generator
+        torch.manual_seed(options.seed)
         return get_peft_model(model, config)
 
 
 def lora_method(model: nn.Module, options: LoraOptions) -> Method:
     "LoRA or DoRA, as a method."
-    return Method(
-        lora_model(model, options.rank, options.targets, options.alpha, options.dora, options.seed)
-    )
+    return Method(add_lora(model, options))
 
 
 def lora_size(model: nn.Module, options: LoraOptions) -> int:

@@ -51,7 +51,7 @@ def tuned_copy(
     kept = cache_folder() / "tuned" / f"{Path(name).name}-{task.name}-{method}-{digest}"
     if not kept.exists():
         with work_folder(kept.name) as folder:
-            if not kept.exists():  # another process may have made it meanwhile
+            if not kept.exists():  # another process may have finished it while this one waited
                 if method == "lora":
                     model = lora_model(model, rank, seed=config.seed)
                 else:
