@@ -45,7 +45,7 @@ CHOICES = replace(
 
 
 def work(folder, method, own="", signalled=None, evaluated=False, broken=None):
-    "In each process: train, perhaps evaluate, and print as JSON what was seen."
+    "In each process: train, perhaps evaluate, and print the observations as JSON."
     warnings.simplefilter("ignore")
     rank = int(os.environ.get("RANK", 0))
     method = apply_method(tiny().double(), method)
@@ -105,7 +105,7 @@ def launch(processes, folder, method="post_block_linear", fsdp=None, **asked):
 
 
 def finish(children):
-    "What each of them printed at its end."
+    "The JSON that each of them printed last."
     ended = [child.wait(300) for child in children]
     for done in ended:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -113,7 +113,7 @@ def finish(children):
 
 
 def tensors(folder):
-    "All that a method wrote."
+    "All tensors that a method wrote."
     return {
         f"{path.name} {name}": tensor
         for path in sorted((folder / "method").glob("*.safetensors"))
@@ -133,7 +133,7 @@ def check_equal(folder, said, other_folder, other):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    "What one process does, by method; each trained once."
+    "The result of one process, by method; each is trained once."
     done = {}
 
     def train(method="post_block_linear"):

@@ -187,7 +187,7 @@ def test_a_killed_writer_leaves_complete_checkpoints(kills, tmp_path):
 
 @pytest.mark.slow
 def test_interrupt_kernel_in_jupyter(tmp_path):
-    "A real kernel, interrupted as the button does it: the cell ends, and the next one can go on."
+    "A real kernel is interrupted as by the button: the cell ends, and the next one runs."
     from jupyter_client.manager import start_new_kernel
 
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
@@ -244,7 +244,7 @@ def break_after(method, passes):
 
 
 def interrupt(method, passes, task=toy, config=CONFIG, **options):
-    "Train until that many passes were made, with a checkpoint after each step."
+    "Interrupt a training after so many passes, with a checkpoint after each step."
     with pytest.raises(KeyboardInterrupt):
         broken = break_after(method, passes)
         fit(broken, tokenizer, task, config, checkpoint_every=0, **options)
@@ -260,7 +260,7 @@ def same(a, b):
 
 
 def check_resume(make, passes, task=toy, config=CONFIG, folder=None):
-    "Interrupted and resumed is as uninterrupted. Returns the record and the method."
+    "Resumed after an interruption, it equals an uninterrupted one. Returns record and method."
     reference, again = make(), make()
     expected = fit(reference, tokenizer, task, config)
     interrupt(make(), passes, task, config, output=folder)

@@ -1,4 +1,4 @@
-"What training computes, against independent computations, and what it reports."
+"Training compared with independent computations, and the contents of its record."
 
 import json
 import os
@@ -40,7 +40,7 @@ def mean_loss(model, indices):
 
 
 class Odd(Method):
-    "Everything that a method can ask for: two groups, a window, a penalty, two stages, a clamp."
+    "A method that uses everything: two groups, a window, a penalty, two stages, a clamp."
 
     def stages(self):
         yield
@@ -60,7 +60,7 @@ class Odd(Method):
             parameter.clamp_(-0.05 * step, 0.05 * step)
 
 
-def test_all_that_a_method_can_ask_for_is_a_loop_by_hand():
+def test_a_method_that_uses_everything_equals_a_loop_by_hand():
     "In float64, where only rounding differs; AdamW can multiply it by its step of 3e-3."
     config = TrainConfig(lr=3e-3, batch_size=8, weight_decay=0.1, max_grad_norm=0.15)
     method = Odd(tiny().double())
