@@ -21,7 +21,6 @@ from steer_nb.experiments import contestants, pyreft_process, timing
 from steer_nb.experiments.bench import bench
 from steer_nb.experiments.bench_record import TARGETS, Bench
 from steer_nb.experiments.contestants import CONTESTANTS, KINDS, ROUNDS, peak_memory
-from steer_nb.experiments.inference_turns import STEPS, DecodeTurn
 from steer_nb.experiments.testbed import load_testbed
 from steer_nb.experiments.timing import (
     AXES,
@@ -32,7 +31,7 @@ from steer_nb.experiments.timing import (
     race,
     rotated,
 )
-from steer_nb.experiments.training_turns import plain_wrapper, train_once
+from steer_nb.experiments.turns import STEPS, DecodeTurn, plain_wrapper, train_once
 from steer_nb.experiments.workload import Workload
 from steer_nb.testing.tiny_models import tiny_model
 from steer_nb.training.loss import completion_loss

@@ -256,6 +256,15 @@ def test_the_cost_of_an_experiment():
     assert "5 runs" in out and "hours of an H100" in out
 
 
+def test_an_experiment_from_its_jobs_to_its_table(tmp_path):
+    "One method of the preset smoke. The same command again has nothing left to run."
+    words = "experiment", "smoke", "--arms", "lora", "--store", tmp_path
+    first, again = check(*words), check(*words)
+    jobs, table = first[: first.index("| model")], first[first.index("| model") :]
+    assert len(jobs.splitlines()) == 3 and "done, about 0 left" in jobs
+    assert again == table and "zero_shot" in table and "lora" in table
+
+
 def test_the_arguments_of_an_experiment(monkeypatch, tmp_path):
     "The options reach `run_grid`; the table compares with the chosen method."
     given = {}

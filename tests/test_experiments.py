@@ -9,7 +9,7 @@ import resource
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -53,10 +53,10 @@ GRID = Experiment(
     seeds=(0, 1),
     widen=0,
 )
-LONG = replace(  # a job takes a second or two, and one arm fails
+LONG = replace(  # a job takes about a second, and one method fails
     GRID,
     arms={"linear": GRID.arms["linear"], "broken": Arm("lofit", (1e-2,), {"n_heads": 99})},
-    training={"max_steps": 150, "epochs": 40, "batch_size": 16},
+    training={"max_steps": 80, "epochs": 20, "batch_size": 16},
     sweep_seeds=(0,),
     seeds=(0,),
 )
@@ -164,6 +164,22 @@ class DuringGrid(threading.Thread):
         self.acted.append(self.act())
 
 
+@contextmanager
+def deadline(seconds: int):
+    "Raise `TimeoutError` in the main thread after this time: a lost signal fails within it."
+
+    def expire(*_):
+        raise TimeoutError(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def kill_a_worker() -> int:
     pid = at_work(os.getpid())[0]
     os.kill(pid, signal.SIGKILL)
@@ -175,7 +191,7 @@ def kill_a_worker() -> int:
 
 def test_ctrl_c_lets_workers_end_their_step_and_write_a_checkpoint(workers, tmp_path):
     during = DuringGrid(tmp_path, _thread.interrupt_main)
-    with pytest.raises(KeyboardInterrupt):
+    with deadline(60), pytest.raises(KeyboardInterrupt):
         run_grid(ENDLESS, tmp_path, processes=2, say=None)
     assert during.acted and not at_work(os.getpid())
     assert list(tmp_path.glob("trained/*/checkpoints/0*"))
@@ -185,13 +201,13 @@ def test_ctrl_c_lets_workers_end_their_step_and_write_a_checkpoint(workers, tmp_
 
 
 def test_the_job_of_a_killed_worker_is_done_again(workers, tmp_path):
-    run_grid(LONG, tmp_path / "undisturbed", say=None)
+    run_grid(LONG, tmp_path / "plain", say=None)
     folder, said = tmp_path / "killed", []
     during = DuringGrid(folder, kill_a_worker)
     run_grid(LONG, folder, processes=2, say=said.append)
     [pid] = during.acted
     assert pid not in descendants(os.getpid())
-    assert outcome(folder) == outcome(tmp_path / "undisturbed")
+    assert outcome(folder) == outcome(tmp_path / "plain")
     assert len(set(lines(folder))) == len(lines(folder)) == len(said) + 1
     failed = [record for record in Store(folder).records() if record.get("status") == "failed"]
     assert [record["spec"]["method"] for record in failed] == ["lofit"]

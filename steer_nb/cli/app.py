@@ -153,7 +153,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 def _join_processes() -> bool:
     """Connect to the other processes of a launch, before a model is loaded.
 
-    Returns whether they shard the model (FSDP). Each process gets a GPU of its own."""
+    Returns whether they shard the model (FSDP). Each process uses a different GPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     from accelerate.utils import parse_flag_from_env

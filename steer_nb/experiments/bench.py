@@ -24,13 +24,12 @@ from steer_nb.experiments.contestants import (
     chosen_contestants,
     peak_memory,
 )
-from .inference_turns import STEPS, compare_predictions
 from .pyreft import with_pyreft
 from steer_nb.experiments.timing import (
     BenchError,
     race,
 )
-from .training_turns import FitTurn, train_once
+from .turns import STEPS, FitTurn, compare_predictions, train_once
 from .workload import Workload
 
 # %% ../../nbs/experiments/28_bench.ipynb #0000000c

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ from .store import Store, canonical_json
 # %% ../../nbs/experiments/16_claims.ipynb #e4e09950
 def trivial_rules(
     task: Task,
-) -> dict[str, np.ndarray]:  # by rule, 1.0 for a correct answer and 0.0 for a wrong one: (n,)
+) -> dict[str, np.ndarray]:  # by name of the rule: 1.0 for a correct answer, else 0.0, (n,)
     """The answers of three rules without a model to the test examples of a task.
 
     The most frequent answer is that of the test examples, which favours the rule."""
@@ -109,21 +110,18 @@ def settle(
     claim: str,
     experiment: Experiment,
     store: Store | str | os.PathLike,
-    better: Sequence[str],  # arms, of which the mean is taken
+    better: Sequence[str],  # methods, of which the mean is taken
     worse: Sequence[str],
     margin: float = 0.0,  # -0.01: the first side is not worse by more than 0.01
 ) -> Verdict:
     "Whether one side is better than the other by more than the margin, on all complete pairs."
     records = Store.of(store).records()
     gaps, testable = [], []
-    for model in experiment.models:
-        for task in experiment.tasks:
-            sides = [
-                _mean_answers(experiment, records, model, task, arms) for arms in (better, worse)
-            ]
-            if sides[0] is not None and sides[1] is not None:
-                gaps.append(sides[0] - sides[1])
-                testable.append(is_testable(experiment, records, model, task))
+    for pair in product(experiment.models, experiment.tasks):
+        sides = [_mean_answers(experiment, records, *pair, arms) for arms in (better, worse)]
+        if sides[0] is not None and sides[1] is not None:
+            gaps.append(sides[0] - sides[1])
+            testable.append(is_testable(experiment, records, *pair))
     if not gaps:
         return Verdict(claim, NO_RUNS)
     draws = np.mean([bootstrap_draws(gap, number) for number, gap in enumerate(gaps)], 0)
@@ -135,7 +133,7 @@ def settle(
 def _mean_answers(
     experiment: Experiment, records: Sequence[dict], model: str, task: str, arms: Sequence[str]
 ) -> np.ndarray | None:
-    "The mean of the arms' answers by seed and example, (seeds, n); None if one is not complete."
+    "The mean of the methods' answers by seed and example, (seeds, n); None if one is not complete."
     answers = []
     for arm in arms:
         _, tests = test_records(experiment, records, model, task, arm)
@@ -147,7 +145,7 @@ def _mean_answers(
 # %% ../../nbs/experiments/16_claims.ipynb #f6adeb50
 @dataclass(frozen=True)
 class Claim:
-    "A claim of the paper: a comparison of arms, or a measured quantity above or below a margin."
+    "A claim of the paper: a comparison of methods, or a measured quantity above or below a margin."
 
     name: str
     text: str
@@ -155,10 +153,8 @@ class Claim:
     worse: tuple[str, ...] = ()
     margin: float = 0.0
     above: bool = True  # False: the claim is that the quantity is below the margin
-    measurement: str = ""  # the name of the measurement, for what is not a comparison of arms
-    read: Callable[[dict], np.ndarray] | None = (
-        None  # its values by repetition and unit: (seeds, n)
-    )
+    measurement: str = ""  # the name of the measurement, for what is not a comparison of methods
+    read: Callable[[dict], np.ndarray] | None = None  # its values: (seeds, n)
     learned: bool = True  # whether it presupposes that methods learn the task
 
 
@@ -306,7 +302,7 @@ class Claims:
 
 
 def claims(experiment: Experiment, store: Store | str | os.PathLike) -> Claims:
-    "Each claim with its verdict, difference and interval, as far as its arms were compared."
+    "Each claim with its verdict, difference and interval, as far as its methods were compared."
     store, rows = Store.of(store), []
     for claim in CLAIMS:
         pairs = [
@@ -341,10 +337,7 @@ def _settle_measured(claim: Claim, experiment: Experiment, store: Store) -> Verd
     values = claim.read(found[-1])
     interval = percentile_interval(bootstrap_draws(values))
     word = _word(interval, claim.margin, claim.above)
-    if claim.learned and not all(
-        is_testable(experiment, records, model, task)
-        for model in experiment.models
-        for task in experiment.tasks
-    ):
+    pairs = product(experiment.models, experiment.tasks)
+    if claim.learned and not all(is_testable(experiment, records, *pair) for pair in pairs):
         word = NOT_TESTABLE
     return Verdict(claim.text, word, float(values.mean()), interval, 1)

@@ -141,10 +141,9 @@ _STEERINGS = ("post_block_vector", "post_block_linear", "post_block_nonlinear")
 def _method_fields(name: str, options: dict, layers: int) -> dict:
     "The fields of `TrainingStep` that a method decides. Raises `ScaleError` without a formula."
     name, _, options = method_row(name, options)
-    if name == "full":
-        return {"kind": "full", "steered": (), "rank": 0, "nonlinear": False}
-    if name == "lora" and options["targets"] == "all-linear":
-        return {"kind": "lora", "steered": (), "rank": options["rank"], "nonlinear": False}
+    rank = options.get("rank", 0)
+    if name == "full" or (name == "lora" and options["targets"] == "all-linear"):
+        return {"kind": name, "steered": (), "rank": rank, "nonlinear": False}
     if name not in _STEERINGS:
         raise ScaleError(
             f"plans are made for {', '.join(_STEERINGS)}, lora on all linear layers, and full; "
@@ -154,7 +153,7 @@ def _method_fields(name: str, options: dict, layers: int) -> dict:
     return {
         "kind": "steering",
         "steered": tuple(sorted(layer % layers for layer in chosen)),
-        "rank": options.get("rank", 0),
+        "rank": rank,
         "nonlinear": name == "post_block_nonlinear",
     }
 
@@ -285,8 +284,8 @@ def _adapter_products(step: TrainingStep) -> tuple[int, int]:
     "Operations of what is trained beside the model forward, and of the gradients it omits."
     if step.kind == "lora":
         return _lora_products(step)
-    half = MULTIPLY_ADD * step.rank * step.widths.hidden * step.tokens  # D, and the same for U
-    return 2 * half * len(step.steered), half  # the lowest D passes no gradient on
+    one = MULTIPLY_ADD * step.rank * step.widths.hidden * step.tokens  # D, and the same for U
+    return 2 * one * len(step.steered), one  # the lowest D needs no input gradient
 
 
 def _recomputed(step: TrainingStep, block: int, adapters: int) -> int:

@@ -49,7 +49,7 @@ def check_definition(experiment: Experiment, store: Store) -> None:
 
 
 def _changes(old: dict, new: dict) -> list[str]:
-    "What contradicts: changes other than new models, tasks, arms and test seeds."
+    "Changes that are not allowed: all but new models, tasks, methods and test seeds."
     pairs = [(name, old[name], new[name]) for name in ("training", "sweep_seeds", "widen")]
     for kind in ("tasks", "arms"):
         for label in old[kind].keys() & new[kind].keys():
@@ -61,7 +61,9 @@ def _changes(old: dict, new: dict) -> list[str]:
 
 
 def failures_to_repeat(experiment: Experiment, store: Store) -> list[dict]:
-    "What failed, without the sweeps of arms that were tested: another rate could be selected."
+    """The failed records to repeat.
+
+    Sweeps of methods that were tested are left out: another rate could be selected."""
     records = store.records()
     runs, tested = records_of(records, "run"), records_of(records, "test").keys()
     settled = set()
@@ -105,7 +107,8 @@ def run_grid(
     store: Store | str | os.PathLike,
     processes: int = 1,  # above 1: Ray tasks on this machine, as many at a time
     cluster: str | None = None,  # of a running Ray cluster: its address, or "auto"
-    say: Callable[[str], None] | None = print,  # gets a line for each finished job; None: silent
+    say: Callable[[str], None]
+    | None = print,  # receives a line for each finished job; None: silent
     again: bool = False,  # whether jobs that failed earlier are repeated
 ) -> Store:
     """Run all jobs that are left, and return the store; after an interruption the call resumes.
@@ -115,7 +118,7 @@ def run_grid(
 
     Raises `ExperimentError` if the store has another experiment of this name, is in use by another
     `run_grid`, was written by a newer version or cannot be written to, and if Ray is needed and not
-    installed; errors of a model that is not available are raised as they are."""
+    installed; errors of a model that is not available are raised unchanged."""
     check_number("processes", processes, 1, whole=True, error=ExperimentError)
     store = Store.of(store)
     with only_driver(store):
@@ -173,7 +176,7 @@ def _do(folder: str, job: Job, batch_size: int, threads: int) -> dict:
 
 
 class _Driver:
-    "The process that gives out jobs and writes their records."
+    "The process that starts jobs and writes their records."
 
     def __init__(self, experiment: Experiment, store: Store, say: Callable | None):
         self.experiment, self.store, self.say = experiment, store, say
@@ -230,7 +233,7 @@ class _Driver:
             raise error.cause from error
 
     def finish(self, job: Job, record: dict) -> None:
-        "Write the record of a job, delete what is not needed any more, and report progress."
+        "Write the record of a job, delete what is no longer needed, and report progress."
         self.store.append(record)
         self.finished += 1
         records = self.store.records()
@@ -250,7 +253,7 @@ class _Driver:
 
 
 def _outcome(record: dict) -> str:
-    "What came of a job, in a few words."
+    "The result of a job in one line."
     if record["status"] == "failed":
         return record["error"]
     return f"{record['accuracy']:.3f} ({record['seconds']:.1f} s)"
@@ -260,7 +263,7 @@ LARGE = 100e6  # bytes of a trained method that is not kept after its test
 
 
 def _delete_spent(experiment: Experiment, store: Store, records: list[dict]) -> None:
-    "Delete what was trained at rates that were not selected, and what is large and was tested."
+    "Delete what was trained at rates that were not selected, and what is large and tested."
     runs, tests = records_of(records, "run"), records_of(records, "test")
     for cell in experiment.cells():
         chosen = select(experiment, runs, *cell)

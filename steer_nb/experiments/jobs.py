@@ -38,7 +38,7 @@ class Experiment:
     budgets: dict[str, dict] = field(default_factory=dict)  # by task, what differs in `training`
 
     def spec(self, model: str, task: str, arm: str, lr: float | None, seed: int) -> Spec:
-        "One run of an arm; of the arm `zero_shot` whatever the rate and the seed."
+        "One run of a method; `zero_shot` has no rate and no seed, so both are ignored."
         if arm == "zero_shot":
             return Spec(model, self.tasks[task], "zero_shot", {}, None, 0, {})
         method, options = self.arms[arm].method, dict(self.arms[arm].options)
@@ -70,7 +70,7 @@ class Job:
 # %% ../../nbs/experiments/11_jobs.ipynb #04023eaa
 @dataclass(frozen=True)
 class Selection:
-    "The learning rate of an arm, or the runs that are missing to select it."
+    "The learning rate of a method, or the runs that are missing to select it."
 
     lr: float | None  # None while runs are missing, and where every rate failed
     missing: tuple[Spec, ...] = ()

@@ -61,7 +61,7 @@ def train_run(store: Store, spec: Spec) -> tuple:
             return _train(spec, config, folder, [])
         except torch.OutOfMemoryError:
             if config.batch_size % 2:
-                raise  # the two halves have to be the whole batch again
+                raise  # an odd batch cannot be split into two equal parts
         folder.mkdir(parents=True, exist_ok=True)
         halved.touch()
         torch.cuda.empty_cache()
@@ -176,7 +176,7 @@ def run_job(
     job: Job,
     batch_size: int,  # of evaluation
 ) -> dict:
-    """Do a job and return its record, whose status is `done` or `failed`; it is not written here.
+    """Do a job and return its record, whose status is `done` or `failed`; the caller writes it.
 
     Raises `ExperimentError` and `AssetError` where the disk is full or the model is not available,
     and `KeyboardInterrupt`: these are not failures of the method."""

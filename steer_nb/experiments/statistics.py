@@ -59,7 +59,7 @@ def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
 def test_records(
     experiment: Experiment, records: Sequence[dict], model: str, task: str, arm: str
 ) -> tuple[Selection, list[dict]]:
-    "What was selected, and the test records that exist. An arm can be a part: 'joint:weights'."
+    "The selection, and the test records that exist. `arm` can name a part: 'joint:weights'."
     arm, _, part = arm.partition(":")
     if arm == "zero_shot":
         chosen, specs = Selection(None), [experiment.spec(model, task, arm, None, 0)]
@@ -74,14 +74,14 @@ def test_records(
 
 
 def number_of_tests(experiment: Experiment, arm: str) -> int:
-    "How many test records of an arm a complete experiment has, for each model and task."
+    "How many test records of a method a complete experiment has, for each model and task."
     return 1 if arm == "zero_shot" else len(experiment.seeds)
 
 
 def selected_runs(
     experiment: Experiment, store: Store | str | os.PathLike, model: str, task: str, arm: str
 ) -> list[Spec]:
-    "The runs of an arm that were tested: the selected rate with each seed."
+    "The runs of a method that were tested: the selected rate with each seed."
     _, tests = test_records(experiment, Store.of(store).records(), model, task, arm)
     return [Spec(**test["spec"]) for test in tests]
 
@@ -122,8 +122,8 @@ _FORMATS |= {"trainable": ",.0f", "n": ",.0f", "memory": ",.0f", "seconds": ".1f
 class Table:
     "Results as a table that prints as Markdown, displays in Jupyter, and writes CSV."
 
-    frame: pd.DataFrame  # one row for each model, task and arm
-    against: str  # the arm that `difference` compares with
+    frame: pd.DataFrame  # one row for each model, task and method
+    against: str  # the method that `difference` compares with
 
     def markdown(self, columns: Sequence[str] | None = None) -> str:
         "The table as Markdown, with these columns or the usual ones."
@@ -164,13 +164,13 @@ class Table:
 def table(
     experiment: Experiment,
     store: Store | str | os.PathLike,
-    against: str = "lora",  # the arm to compare with, on the same examples and seeds
+    against: str = "lora",  # the method to compare with, on the same examples and seeds
     arms: Sequence[str] | None = None,  # the rows, such as "lora" or "joint:weights"; None: all
 ) -> Table:
-    "The results that exist, and how many seeds they have. `ExperimentError` for an unknown arm."
+    "The results that exist, and how many seeds they have. `ExperimentError` for an unknown method."
     known = ("zero_shot", *experiment.arms)
     for arm in (against, *(arms or ())):
-        check_choice("arm", arm.partition(":")[0], known, ExperimentError)
+        check_choice("method", arm.partition(":")[0], known, ExperimentError)
     records, rows = Store.of(store).records(), []
     for model in experiment.models:
         for task in experiment.tasks:
@@ -232,7 +232,7 @@ def measure_costs(
     store: Store | str | os.PathLike,
     say: Callable[[str], None] | None = print,
 ) -> None:
-    "Train each tested arm once more, alone, and store its seconds and peak memory (MiB)."
+    "Train each tested method once more, alone, and store its seconds and peak memory (MiB)."
     store = Store.of(store)
     with only_driver(store):
         for cell in experiment.cells():
@@ -243,13 +243,13 @@ def measure_costs(
 
 
 def _cost(spec: Spec) -> dict:
-    "What a training costs in a process of its own, its validation included."
+    "The cost of a training in a new process, validation included."
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_train_alone, spec, torch.get_num_threads()).result()
 
 
 def _train_alone(spec: Spec, threads: int) -> dict:
-    "In a process of its own: train, and return seconds, memory and device."
+    "In a new process: train, and return seconds, memory and device."
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         _, _, run, _ = train_run(Store(folder), spec)

@@ -94,7 +94,7 @@ class Workload:
         return list(range(layers - max(1, layers // 4), layers))
 
     def bare_model(self) -> nn.Module:
-        """The model without steering, frozen as it is with one.
+        """The model without steering, frozen as the steered model is.
 
         On CPUs, PyTorch is a few percent slower with weights that need no gradient."""
         for steering in steerings(self.model).values():
