@@ -56,9 +56,9 @@ def equivalent_shifts(
     Source: arXiv 2603.00425. Shapes as `capture` returns them: (batch, seq, hidden). One forward
     pass with tangents; where an operation has no forward-mode rule, finite differences with a
     warning (`.method` is then "finite differences"). What a block passes to later ones beside the
-    residual stream (a router's state, in Zaya) is not part of a shift. Raises `EquivalenceError` for a name or a shape
-    that the model does not have, `SiteError` for a site that it lacks, and `SteerError` for an
-    empty batch."""
+    residual stream (a router's state, in Zaya) is not part of a shift. Raises
+    `EquivalenceError` for a name or a shape that the model does not have, `SiteError` for a site
+    that it lacks, and `SteerError` for an empty batch."""
     check_update(model, update)
     inside = layers_of_parameters(model)
     layers = [site.layer for site in find_sites(model, at, layers)]
@@ -97,7 +97,8 @@ def block_shift(
 ) -> torch.Tensor:
     """The first-order shift at one site, at its block's unperturbed input: (batch, seq, hidden).
 
-    Computed by `equivalent_shifts`, with its errors. The tensor's attribute `method` is that of `Shifts`."""
+    Computed by `equivalent_shifts`, with its errors. The tensor has the attribute
+    `method` of `Shifts`."""
     shifts = equivalent_shifts(model, update, batch, at, [layer], dtype)
     (shift,) = shifts.values()
     shift.method = shifts.method
