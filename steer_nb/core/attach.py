@@ -23,7 +23,7 @@ from .sites import blocks
 
 # %% ../../nbs/core/10_attach.ipynb #00000007
 class SiteAdapter(nn.Module):
-    "One adapter at one site, with what it takes to apply it."
+    "One adapter at one site, and everything needed to apply it."
 
     def __init__(self, built: BuiltAdapter, positions: str, batch: BatchPositions | None):
         super().__init__()
@@ -74,7 +74,7 @@ def _key(name: str) -> str:
 def _steer_output(module, args, output):
     for part in module.steering.values():
         if part.place.side == "output":
-            output = part.forward(output)  # not `__call__`: it has no hooks of its own
+            output = part.forward(output)  # not `__call__`: a SiteAdapter has no hooks
     return output
 
 
@@ -86,7 +86,7 @@ def _steer_input(module, args):
 
 
 def site_adapters(model: nn.Module, name: str) -> list[SiteAdapter]:
-    "What a steering has on this model, bottom to top."
+    "The adapters of a steering on this model, bottom to top."
     parts = [
         module[_key(name)]
         for module in model.modules()
@@ -109,12 +109,12 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 # %% ../../nbs/core/10_attach.ipynb #00000009
 class Registry:
-    "What a steered model remembers, at `model._steer_nb`."
+    "The state of a steered model, stored at `model._steer_nb`."
 
     def __init__(self):
         self.configs: dict[str, SteeringConfig] = {}  # by the names of the steerings
         self.frozen: list[str] = []  # names of parameters that had requires_grad before
-        self.freezers: set[str] = set()  # the steerings that asked for a frozen base
+        self.freezers: set[str] = set()  # the steerings with freeze=True
 
 
 def registry_of(model: nn.Module) -> Registry | None:
@@ -183,7 +183,7 @@ def attach(
 
 
 def _freeze(model: nn.Module, registry: Registry) -> None:
-    "Set requires_grad to False on the base model, and remember where it was True."
+    "Set requires_grad to False on the base model, and record where it was True."
     adapters = adapter_parameters(model)
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapters:

@@ -21,7 +21,7 @@ SCHEMA = 3  # of a steering folder; 1 had no `init`, 1 and 2 had no `heads`
 
 
 def sample_weights(parameter: torch.Tensor, count: int = 16) -> list[float] | None:
-    "A few values of a tensor at fixed places; None if they cannot be read."
+    "A few values of a tensor at fixed positions; None if they cannot be read."
     if parameter.is_meta or not parameter.is_floating_point():
         return None
     flat = parameter.detach().reshape(-1)

@@ -14,7 +14,7 @@ from numbers import Integral
 from .adapters import check_adapter
 from .errors import SteeringError, check_choice, check_number, nearest
 from .positions import check_positions
-from .sites import SiteError, check_place, resolve_layer
+from .sites import SiteError, check_site, resolve_layer
 
 # %% ../../nbs/core/07_config.ipynb #00000005
 INITS = ("random", "gradient")
@@ -63,7 +63,7 @@ def _checked_heads(heads: object) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class SteeringConfig:
-    "What to put where. Raises a `SteerError` that names the valid values if one is wrong."
+    "The options of a steering. Raises a `SteerError` that names the valid values if one is wrong."
 
     kind: str = "linear"  # the adapter: one of `adapters.KINDS`
     site: str = "block"  # where: one of `sites.SITES`
@@ -78,7 +78,7 @@ class SteeringConfig:
 
     def __post_init__(self):
         check_adapter(self.kind, self.rank, self.activation)
-        check_place(self.site)
+        check_site(self.site)
         check_positions(self.positions)
         check_number("seed", self.seed, 0, 2**63 - 1, whole=True, error=SteeringError)
         check_choice("init", self.init, INITS, SteeringError)

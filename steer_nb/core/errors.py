@@ -17,7 +17,7 @@ class SteerError(ValueError):
 
 
 class SteeringError(SteerError):
-    "A steering that cannot be made, loaded or used as asked."
+    "A steering that cannot be made, loaded or used in this way."
 
 # %% ../../nbs/core/00_errors.ipynb #00000005
 def nearest(word: object, words: Iterable[object]) -> str:

@@ -142,7 +142,7 @@ def _unique(pairs: list[tuple]) -> dict:
 def _check_values(value: object, levels: int) -> None:
     "Raise `ValueError` if a value is nested deeper than `levels`, or has text that is not UTF-8."
     if isinstance(value, str):
-        value.encode("utf-8")  # raises UnicodeEncodeError for half a surrogate pair
+        value.encode("utf-8")  # raises UnicodeEncodeError for an unpaired surrogate
     if not isinstance(value, (dict, list)):
         return
     if not levels:

@@ -112,10 +112,10 @@ def _stored_config(path: Path, name: str, options: dict, model: nn.Module) -> St
 def load_steering(
     model: nn.Module,
     source: str | os.PathLike,  # a folder, or a Hub id
-    name: str | None = None,  # what to call it here; None: its own name
+    name: str | None = None,  # the name on this model; None: the stored name
     stored: str | None = None,  # which one, if the folder holds several
     check_base: bool = True,  # False: accept another model of the same shape
-    freeze: bool = True,  # False: leave the base model's requires_grad as it is
+    freeze: bool = True,  # False: leave the base model's requires_grad unchanged
     revision: str | None = None,  # of a Hub repository
 ) -> Steering:
     """Put a saved steering on a model.

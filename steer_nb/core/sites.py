@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SITES', 'TOWERS', 'ROLES', 'POST_NORMS', 'SCALES', 'OUTPUT_PROJECTIONS', 'HEAD_COUNTS', 'LAYOUTS', 'SiteError',
-           'check_place', 'resolve_layer', 'Site', 'blocks', 'hidden_size', 'block_parts', 'projection_inputs', 'Place',
+           'check_site', 'resolve_layer', 'Site', 'blocks', 'hidden_size', 'block_parts', 'projection_inputs', 'Place',
            'locate', 'activation_shape', 'available_sites']
 
 # %% ../../nbs/core/01_sites.ipynb #00000002
@@ -21,10 +21,10 @@ SITES = ("block", "mlp", "attn", "heads")
 
 
 class SiteError(SteerError):
-    "A place that this model, or any model, does not have."
+    "A site that this model, or any model, does not have."
 
 
-def check_place(at: str) -> str:
+def check_site(at: str) -> str:
     "`at`, if it is one of `SITES`; `SiteError` otherwise."
     check_choice("site", at, SITES, SiteError)
     return at
@@ -32,6 +32,7 @@ def check_place(at: str) -> str:
 
 def resolve_layer(layer: int, count: int) -> int:
     "The layer counted from 0 at the bottom of `count` blocks. Raises `SiteError` if there is none."
+    check_number("layer", layer, whole=True, error=SiteError)
     if not -count <= layer < count:
         raise SiteError(f"layer {layer}: this model has layers 0 to {count - 1}")
     return int(layer) % count
@@ -39,13 +40,13 @@ def resolve_layer(layer: int, count: int) -> int:
 
 @dataclass(frozen=True, order=True)
 class Site:
-    "A place in one block: hashable, and ordered by layer."
+    "A kind of site in one layer: hashable, and ordered by layer."
 
     layer: int  # counted from 0 at the bottom, or from -1 at the top
     at: str  # one of `SITES`
 
     def __post_init__(self):
-        check_place(self.at)
+        check_site(self.at)
         check_number("layer", self.layer, whole=True, error=SiteError)
         object.__setattr__(self, "layer", int(self.layer))  # a NumPy integer is not JSON
 
@@ -97,8 +98,8 @@ ROLES = {
         "self_att",
     ),
     "mlp": ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp", "output"),
-    "inline": ("fc1", "fc2"),  # an MLP without a module of its own
-    "either": ("mixer", "temporal_block"),  # the class tells which
+    "inline": ("fc1", "fc2"),  # an MLP without a module
+    "either": ("mixer", "temporal_block"),  # attention or MLP, by the name of the class
     "branch": (  # known, and not a site
         "linear_attn",
         "mamba",
@@ -270,7 +271,7 @@ class Place:
 
 
 def _why_not(block: nn.Module, at: str) -> str | None:
-    "The reason why the block has no such site, or None if it may have."
+    "The reason why the block has no such site; None if nothing excludes it."
     if hasattr(block, "backward_pass"):
         return "its layers are reversible: the backward pass recomputes them without hooks"
     if at == "block":

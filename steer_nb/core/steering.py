@@ -209,7 +209,7 @@ def steer(
     config: SteeringConfig | None = None,  # None: made of `options`
     *,
     name: str = "default",  # a model can have several steerings, by name
-    freeze: bool = True,  # False: leave the base model's requires_grad as it is
+    freeze: bool = True,  # False: leave the base model's requires_grad unchanged
     scores=None,  # for init="gradient": what `site_scores` returned for this model
     **options: object,  # fields of `SteeringConfig`, instead of `config`
 ) -> Steering:

@@ -104,9 +104,8 @@ def _small(config_class: type) -> dict:
         if name in known and aliases.get(name) not in _SMALL
     }
     if "kv_lora_rank" in small:
-        small["num_key_value_heads"] = small[
-            "num_attention_heads"
-        ]  # latent attention has no groups
+        # latent attention has no groups
+        small["num_key_value_heads"] = small["num_attention_heads"]
     for name in getattr(config_class, "sub_configs", {}):
         inner = getattr(default, name, None)
         if inner is not None:
@@ -235,9 +234,8 @@ RECIPES = {
 }
 
 # %% ../../nbs/testing/00_tiny_models.ipynb #0000000e
-INPUT_IDS = torch.tensor(
-    [[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]]
-)  # two rows for any of them
+# Two rows of tokens for any of these models: (2, 6).
+INPUT_IDS = torch.tensor([[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]])
 
 
 def zoo_types() -> list[str]:

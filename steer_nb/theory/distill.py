@@ -102,7 +102,7 @@ def fit_oracle(
     name: str = "oracle",  # of the steering
     seed: int = 0,  # of what is held out, and of the weights
 ) -> Steering:
-    """Put a steering on the base that does what tuning did, as closely as such maps can (T9).
+    """Put a steering on the base that approximates the effect of tuning by maps of this kind (T9).
 
     In closed form; the sequential mode is beyond the paper. For each batch every block runs once in
     each model (twice in the base at sites other than "block"). Memory does not grow with the

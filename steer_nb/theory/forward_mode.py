@@ -46,7 +46,7 @@ def moved_parameters(
     model: nn.Module,
     update: Mapping[str, torch.Tensor],
     move: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # (weight, change) to new weight
-    dtype: torch.dtype | None = None,  # convert all weights to it; None: as they are
+    dtype: torch.dtype | None = None,  # convert all weights to it; None: unchanged
 ) -> Iterator[None]:
     """While this is open, the model computes with moved weights.
 
@@ -155,7 +155,7 @@ def directional_derivative(
 
 
 def _lacks_forward_mode(error: Exception) -> bool:
-    "Whether the error says that an operation has no forward-mode rule."
+    "Whether the error is that an operation has no forward-mode rule."
     words = ("forward ad", "forward mode", "forward-mode", "jvp")
     text = str(error).lower()
     return isinstance(error, NotImplementedError) or any(word in text for word in words)
@@ -176,7 +176,7 @@ def step_size(model: nn.Module, update: Mapping[str, torch.Tensor]) -> float:
 
 # %% ../../nbs/theory/02_forward_mode.ipynb #0000000e
 class StopForward(Exception):
-    "Ends a forward pass early, when everything wanted is computed."
+    "Ends a forward pass early, when everything needed is computed."
 
 
 def run_held_blocks(
@@ -188,7 +188,7 @@ def run_held_blocks(
 ) -> dict[Site, torch.Tensor]:
     """The activations at a site of these layers, from one pass up to the last of them.
 
-    A block that is not in `outputs` passes on its own output, without tangents."""
+    A block that is not in `outputs` passes on its output without tangents."""
     stack, last = blocks(model), max(layers)
 
     def hold(layer):

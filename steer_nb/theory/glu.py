@@ -154,9 +154,9 @@ def mlp_jacobian(
 
 @dataclass(frozen=True)
 class Reach:
-    "How well shifts before an MLP could cause a wanted shift of its output: (tokens,) each."
+    "How well shifts before an MLP could cause a given shift of its output: (tokens,) each."
 
-    lost: torch.Tensor  # share of the wanted shift's norm outside the columns of A(u)
+    lost: torch.Tensor  # share of the target shift's norm outside the columns of A(u)
     needed: torch.Tensor  # ‖A⁺δy‖ / ‖u‖: the shift needed for the rest, relative to the input
     condition: torch.Tensor  # σ_max / σ_min of A(u), among the singular values that count
     rank: torch.Tensor  # how many of them count

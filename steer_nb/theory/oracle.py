@@ -23,7 +23,7 @@ from steer_nb.core.model_state import (
     layout_like,
     real_tokens,
 )
-from ..core.sites import SITES, Site, SiteError, blocks, check_place, hidden_size, locate
+from ..core.sites import SITES, Site, SiteError, blocks, check_site, hidden_size, locate
 from .first_order import check_finite
 
 # %% ../../nbs/theory/07_oracle.ipynb #00000007
@@ -93,7 +93,7 @@ def oracle_shifts(
         return change
 
     with evaluating(base, tuned):
-        with capture(tuned, at=check_place(at), layers=layers) as targets:
+        with capture(tuned, at=check_site(at), layers=layers) as targets:
             run_forward(tuned, batch)
         with edit(base, {site: follow(site, target) for site, target in targets.items()}):
             run_forward(base, batch)

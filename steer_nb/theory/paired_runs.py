@@ -53,7 +53,7 @@ class ReusedBatches:
         if not self.keys:
             raise OracleError("there are no batches")
         if not self.tokens:
-            raise OracleError("the batches hold nothing but padding")
+            raise OracleError("the batches have padding only")
         count = min(max(1, round(holdout * self.rows)), self.rows - 1) if holdout else 0
         self.held = frozenset(random.Random(seed).sample(range(self.rows), count))
 

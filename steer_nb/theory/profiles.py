@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.hooks import capture
+from ..core.hooks import capture, find_sites
 from ..core.model_state import evaluating, layout_like, real_tokens
-from ..core.sites import Site, available_sites, blocks, hidden_size, locate
+from ..core.sites import Site, blocks, hidden_size, locate
 from .figures import figure_png, heat_map
-from .first_order import find_sites
 from .oracle import OracleError, check_model_pair, oracle_shifts, run_forward
 from .paired_runs import PairedModels, ReusedBatches
 from steer_nb.theory.regression import (
@@ -86,9 +85,8 @@ def shift_profile(
     T9, beyond the paper. About one forward pass of each model over the batches, for all sites.
     Errors as `fit_oracle`."""
     check_model_pair(base, tuned)
-    data, has = ReusedBatches(batches, holdout, seed), available_sites(base)
-    layers = [site.layer for at in sites for site in find_sites(base, at, None)]
-    layers = range(max(layers) + 1)  # every block is forced, also one without a site
+    data, has = ReusedBatches(batches, holdout, seed), find_sites(base, sites)
+    layers = range(max(site.layer for site in has) + 1)  # blocks without a site are forced too
     data.need_held()
     width = hidden_size(base)
     if not any(1 <= rank <= width for rank in ranks):
@@ -99,7 +97,7 @@ def shift_profile(
     with evaluating(base, tuned), tempfile.TemporaryDirectory() as folder:
         both = PairedModels(base, tuned, data, folder, {*sites, "block"}, layers)
         for layer in layers:
-            here = [at for at in sites if layer in has[at]]
+            here = [at for at in sites if Site(layer, at) in has]
             found = both.collect(layer, here or ["block"], force="block")
             for at in here:
                 site = Site(layer, at)

@@ -222,7 +222,7 @@ _MERGE = "merge it, and call update_between(base, merged)"
 
 
 def _check_lora(model: nn.Module, adapter: str) -> None:
-    "Raise `EquivalenceError` unless the model has this LoRA and it changes nothing but B A."
+    "Raise `EquivalenceError` unless the model has this LoRA and it changes B A only."
     configs = getattr(model, "peft_config", {})
     if adapter not in configs:
         raise EquivalenceError(
