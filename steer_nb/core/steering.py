@@ -36,7 +36,7 @@ from .sites import Site, blocks
 
 # %% ../../nbs/core/11_steering.ipynb #00000009
 def check_strength(value: object) -> float:
-    "`value` as a float. Raises `SteeringError` unless half precision can hold it."
+    "`value` as a float. Raises `SteeringError` unless it is from -10,000 to 10,000."
     check_number("strength", value, -10_000, 10_000, error=SteeringError)
     return float(value)
 
@@ -92,7 +92,7 @@ class Steering:
 
     @property
     def strength(self) -> float:
-        "The factor of the shifts: 1 as trained, 0 off, negative in the other direction."
+        "Multiplies every shift: 1 is as trained, 0 is off, a negative value reverses it."
         return self._parts[0].strength
 
     @strength.setter

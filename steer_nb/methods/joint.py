@@ -63,14 +63,14 @@ class JointConfig:
     "The options of joint training. Raises `JointError` for a wrong value."
 
     weights: str = "lora"  # the partner of the steering; not in the paper: "dora" or "full"
-    weight_rank: int = 8  # of LoRA and DoRA; of "full": how many directions of its update count
+    weight_rank: int = 8  # of LoRA and DoRA; of "full": how many leading directions of its update
     targets: str | Sequence[str] = "all-linear"  # of LoRA and DoRA: linear layers, by path ends
     weight_layers: str | Sequence[int] = "all"  # of "full": the blocks whose weights are trained
     kind: str = "linear"  # of the steering after each block: linear or nonlinear
     rank: int = 8  # of the steering
     project: str = "steps"  # when to project: one of `PROJECTIONS`
     every: int = 1  # of "steps": every so many steps; of "once": after this step
-    penalty: float = 1.0  # of "penalty": nats per unit of the sum over blocks of ‖D V‖²
+    penalty: float = 1.0  # of "penalty": the weight in the loss of ‖D V‖², summed over blocks
     momentum: bool = True  # whether the optimizer's momentum is projected as well
     weights_lr: float = 0.2  # of the LoRA part, relative to `TrainConfig.lr`
     activations_lr: float = 1.0  # of the steering part
