@@ -3,6 +3,7 @@ private names of other modules."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from repository import (
     MODULES,
     NBS,
     PACKAGES,
+    ROOT,
     module_path,
     position,
 )
@@ -30,6 +32,17 @@ def test_every_module_has_a_notebook_of_its_folder_and_name():
         assert notebook.parent == NBS / package and notebook.stem[3:] == name, module
     files = {path for path in LIB.rglob("*.py") if path.name not in BY_HAND}
     assert files == {module_path(module) for module in MODULES}
+
+
+def test_contributing_lists_every_module_in_order():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| [^|\n]+ \| ([\w, ]+) \|$", page, re.MULTILINE))
+    found = {}
+    for module in sorted(MODULES, key=position):
+        package, name = module.split(".")
+        found.setdefault(package, []).append(name)
+    assert {package: names.split(", ") for package, names in listed.items()} == found
+    assert list(listed) == list(found)
 
 
 def test_no_two_notebooks_of_a_package_have_the_same_number():

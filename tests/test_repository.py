@@ -266,6 +266,17 @@ def test_readme_links_to_files_that_exist():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_links_in_notebooks_lead_to_files_that_exist():
+    missing = []
+    for path in NOTEBOOKS:
+        for cell in read(path).cells:
+            prose = re.sub(r"`[^`\n]*`", "", cell.source) if cell.cell_type == "markdown" else ""
+            for link in re.findall(r"\]\(([^)#\s]+)", prose):
+                if "://" not in link and not (path.parent / link).exists():
+                    missing.append(f"{name_of(path)}: {link}")
+    assert missing == []
+
+
 def make_targets() -> set[str]:
     "The targets that the Makefile offers by name."
     return set(
