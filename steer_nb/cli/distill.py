@@ -17,9 +17,9 @@ from .app import BatchSize, Overwrite, Seed, ShiftSite, TaskName, app
 # %% ../../nbs/cli/02_distill.ipynb #00000005
 def paragraph_batches(path: Path, tokenizer, model, n: int, n_test: int, batch_size: int):
     "Batches of the first `n` paragraphs of a text file, and of the next `n_test`."
+    from steer_nb.core.model_state import context_length
     from steer_nb.data.encoding import pad_batch
     from steer_nb.theory.oracle import OracleError
-    from steer_nb.training.method import context_length
 
     text = path.read_text(encoding="utf-8")
     found = [part.strip() for part in text.split("\n\n") if part.strip()]

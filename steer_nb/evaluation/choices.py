@@ -18,12 +18,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.errors import SteerError, check_number
-from ..core.model_state import accepts, evaluating
+from ..core.model_state import accepts, context_length, evaluating
 from ..core.positions import prompt_ends
 from ..data.encoding import Encoded, encode_choices, pad_batch
 from ..data.examples import Example
 from ..training.loss import logits_at
-from ..training.method import context_length
 
 # %% ../../nbs/evaluation/00_choices.ipynb #00000008
 class EvaluateError(SteerError):

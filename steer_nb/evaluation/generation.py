@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..core.model_state import accepts, evaluating
+from ..core.model_state import accepts, context_length, evaluating
 from ..data.encoding import encode_prompt, pad_batch
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (
@@ -25,7 +25,6 @@ from steer_nb.evaluation.choices import (
     shared_by_processes,
 )
 from ..training.distributed import is_sharded
-from ..training.method import context_length
 
 # %% ../../nbs/evaluation/01_generation.ipynb #00000008
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:

@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..core.model_state import context_length
 from ..core.sites import blocks
 from ..core.steering import steerings
 from ..data.encoding import collate, encode
 from ..data.tasks import load_task
 from .testbed import load_testbed
 from ..training.config import TrainConfig
-from ..training.method import context_length
 
 # %% ../../nbs/experiments/21_workload.ipynb #00000004
 def count_passes(model: nn.Module, counts: dict[str, int]) -> nn.Module:

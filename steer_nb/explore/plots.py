@@ -223,10 +223,8 @@ def plot_order(
     ax: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:
     "Relative error of first order against ε in log-log, with a line of slope 2."
-    from steer_nb.theory.first_order_error import draw_order  # loads PyTorch
-
     ax = _axes(ax)
-    draw_order(result, ax)
+    result.draw(ax)
     return ax
 
 
@@ -235,10 +233,8 @@ def plot_scores(
     ax: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:
     "The score of each site by layer, as a heat map."
-    from steer_nb.theory.site_scores import draw_scores  # loads PyTorch
-
     ax = _axes(ax, 6, 1.8)
-    draw_scores(scores, ax)
+    scores.draw(ax)
     return ax
 
 # %% ../../nbs/explore/00_plots.ipynb #0000001a
