@@ -20,8 +20,13 @@ from steer_nb.core.model_state import real_tokens
 from steer_nb.core.sites import Site, SiteError, available_sites, blocks
 from steer_nb.core.steering import steer
 from steer_nb.testing.tiny_models import INPUT_IDS, tiny_model, zoo_types
-from steer_nb.theory.first_order import block_shift, equivalent_shifts, first_order_logits
-from steer_nb.theory.first_order_error import first_order_share, order_of_error
+from steer_nb.theory.first_order import (
+    block_shift,
+    equivalent_shifts,
+    first_order_logits,
+    first_order_share,
+    order_of_error,
+)
 from steer_nb.theory.forward_mode import FINITE
 from steer_nb.theory.glu import Reach, glu_shift, mlp_jacobian, mlp_share, pre_mlp_reach
 from steer_nb.theory.site_scores import leading_directions, site_scores
