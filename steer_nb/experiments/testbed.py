@@ -12,13 +12,13 @@ from importlib.resources import files
 
 import torch
 from safetensors.torch import load, save_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from ..data.listops import OPERATORS
 from ..data.models import load_model
 from ..data.tasks import load_task
+from ..testing.toy_task import word_tokenizer
 from ..training.config import TrainConfig
 from ..training.fit import fit
 
@@ -26,13 +26,7 @@ from ..training.fit import fit
 def symbol_tokenizer() -> PreTrainedTokenizerFast:
     "One token for each symbol of ListOps, all operators included."
     operators = [f"[{name}" for name in OPERATORS]
-    words = ["<pad>", "<eos>", "<unk>", *"0123456789", *operators, "]", "="]
-    numbers = {word: number for number, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(numbers, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return word_tokenizer([*"0123456789", *operators, "]", "="])
 
 
 def small_llama(
