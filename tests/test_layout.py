@@ -34,15 +34,17 @@ def test_every_module_has_a_notebook_of_its_folder_and_name():
     assert files == {module_path(module) for module in MODULES}
 
 
-def test_contributing_lists_every_module_in_order():
+def test_contributing_lists_every_module_in_order_with_its_first_line():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    listed = dict(re.findall(r"^\| `(\w+)` \| [^|\n]+ \| ([\w, ]+) \|$", page, re.MULTILINE))
-    found = {}
-    for module in sorted(MODULES, key=position):
-        package, name = module.split(".")
-        found.setdefault(package, []).append(name)
-    assert {package: names.split(", ") for package, names in listed.items()} == found
-    assert list(listed) == list(found)
+    ordered = sorted(MODULES, key=position)
+    expected = []
+    for module in ordered:
+        tree = ast.parse(module_path(module).read_text(encoding="utf-8"))
+        expected.append((module, ast.get_docstring(tree).rstrip(".").lower()))
+    found = re.findall(r"^\| `(\w+\.\w+)` \| (.+) \|$", page, re.MULTILINE)
+    assert [(module, line.lower()) for module, line in found] == expected
+    packages = re.findall(r"^\| `(\w+)` \| .+ \|$", page, re.MULTILINE)
+    assert packages == list(dict.fromkeys(module.split(".")[0] for module in ordered))
 
 
 def test_no_two_notebooks_of_a_package_have_the_same_number():
