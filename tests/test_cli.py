@@ -83,8 +83,8 @@ def check_demonstration(folder, out):
     }
     before, after = json_of(folder / "before.json"), json_of(folder / "after.json")
     assert before["n"] == after["n"] == 40 and before["predictions"] != after["predictions"]
-    assert f"unsteered: accuracy {before['accuracy']:.1%}" in out
-    assert f"{after['accuracy']:.1%}" in out and "every prediction is the same" in out
+    assert f"unsteered: accuracy {before['score']:.1%}" in out
+    assert f"{after['score']:.1%}" in out and "every prediction is the same" in out
     assert "strength 0:" in out and "strength 1:" in out
     assert json_of(folder / "run.json")["steps"] == 3
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")

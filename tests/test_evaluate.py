@@ -13,7 +13,8 @@ from steer_nb.core.config import SteeringConfig
 from steer_nb.core.model_state import accepts
 from steer_nb.core.steering import steer
 from steer_nb.data.encoding import encode_choices
-from steer_nb.data.examples import Example, Task
+from steer_nb.data.examples import Example
+from steer_nb.data.records import Task
 from steer_nb.evaluation.choices import EvaluateError, choice_scores
 from steer_nb.evaluation.generation import generate_answers
 from steer_nb.evaluation.result import Result, evaluate
@@ -239,7 +240,7 @@ def test_the_record_is_the_same_in_another_process(tmp_path):
     assert first.accuracy == second.accuracy
     assert first.n == len(EXAMPLES)
     for record in first.predictions:
-        assert record.keys() == {"id", "prediction", "answer", "correct", "scores"}
+        assert record.keys() == {"id", "prediction", "answer", "correct", "score", "scores"}
 
 
 @pytest.mark.parametrize("content", ("[]", "{}", '{"schema": 1}', "not JSON"))

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_nb.data.examples import Task, choice_example
+from steer_nb.data.examples import choice_example
+from steer_nb.data.records import Task
 from steer_nb.experiments import claims, grid, runner, statistics, testbed
 from steer_nb.experiments.grid import run_grid
 from steer_nb.experiments.jobs import Arm, Experiment, Job, plan

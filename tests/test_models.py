@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from steer_nb.core.config import SteeringConfig
 from steer_nb.core.steering import steer
 from steer_nb.data import wheels
-from steer_nb.data.examples import Example, Task
+from steer_nb.data.examples import Example
 from steer_nb.data.models import load_model
+from steer_nb.data.records import Task
 from steer_nb.data.wheels import AssetError, ModelAsset, Wheel, fetch_data, gguf_file
 from steer_nb.training.config import TrainConfig
 from steer_nb.training.fit import fit

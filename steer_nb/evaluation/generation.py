@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..core.model_state import accepts, context_length, evaluating
-from ..data.encoding import encode_prompt, pad_batch
+from ..data.encoding import encode, encode_prompt, pad_batch
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (
     EvaluateError,
@@ -98,7 +98,7 @@ def generate_answers(
     model: nn.Module,  # a causal language model of transformers, steered or not
     tokenizer,
     examples: Sequence[Example],
-    max_new_tokens: int,  # `task.max_new_tokens`
+    max_new_tokens: int = 0,  # `task.max_new_tokens`; 0: half more than the longest completion has
     chat: bool = False,  # `task.chat`
     batch_size: int = 16,  # prompts at once
 ) -> list[str]:
@@ -107,7 +107,10 @@ def generate_answers(
     Raises `EvaluateError` for NaN logits, and if the model's context is too short for a prompt
     and its answer.
     """
-    prompts = [encode_prompt(tokenizer, example.prompt, chat) for example in examples]
+    if not max_new_tokens:
+        longest = max(encode(tokenizer, example, chat).count for example in examples)
+        max_new_tokens = longest + longest // 2
+    prompts = [encode_prompt(tokenizer, example, chat) for example in examples]
     limit, lengths = context_length(model), [len(prompt) for prompt in prompts]
     for example, length in zip(examples, lengths, strict=True):
         if limit is not None and length + max_new_tokens > limit:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.tables import markdown_table
-from ..data.examples import Task
+from ..data.records import Task
 from ..data.tasks import load_task
 from .jobs import Experiment
 from steer_nb.experiments.statistics import (

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..data.examples import Task
+from ..data.records import Task
 from ..data.tasks import load_task
 from ..data.wheels import AssetError
 from ..evaluation.result import Result, evaluate
@@ -54,7 +54,7 @@ def train_run(store: Store, spec: Spec) -> tuple:
     It resumes from its last checkpoint. The note says so, and whether the batch was halved. Raises
     `ExperimentError` if there is no space on the disk for checkpoints and what is trained."""
     folder = trained_folder(store, spec)
-    config = TrainConfig(lr=spec.lr, seed=spec.seed, **spec.training)
+    config = spec.config
     halved = folder / "halved"
     if not halved.exists():
         try:

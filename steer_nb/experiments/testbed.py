@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from ..data.listops import OPERATORS
 from ..data.models import load_model
 from ..data.tasks import load_task
+from .store import PROTOCOL
 from ..testing.toy_task import word_tokenizer
 from ..training.config import TrainConfig
 from ..training.fit import fit
@@ -93,6 +94,7 @@ def load_testbed(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
 def train_testbed(path: str | os.PathLike) -> None:
     "Train a model like listops-llama (minutes on a CPU) and write its parameters in bfloat16."
     model, tokenizer = small_llama(*TESTBED_SIZES["listops-llama"], "listops-llama")
-    task, config = load_task(**TESTBED_BASE["task"]), TrainConfig(**TESTBED_BASE["training"])
+    task = load_task(**TESTBED_BASE["task"])
+    config = TrainConfig(**{**PROTOCOL, **TESTBED_BASE["training"]})
     fit(model.requires_grad_(True), tokenizer, task, config)
     save_model(model.bfloat16(), str(path))

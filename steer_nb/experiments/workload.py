@@ -18,6 +18,7 @@ from ..core.sites import blocks
 from ..core.steering import steerings
 from ..data.encoding import collate, encode
 from ..data.tasks import load_task
+from .store import PROTOCOL
 from .testbed import load_testbed
 from ..training.config import TrainConfig
 
@@ -58,7 +59,7 @@ class Workload:
         self.encoded = [
             encode(self.tokenizer, example, self.task.chat, length) for example in self.task.train
         ]
-        self.config = TrainConfig(batch_size=batch_size, seed=seed)
+        self.config = TrainConfig(batch_size=batch_size, seed=seed, **PROTOCOL)
         self.rank = rank
         self.device = self.model.device
         # mixed precision, where `fit` chooses it

@@ -8,7 +8,7 @@ __all__ = ['tuned_copy']
 # %% ../../nbs/methods/08_tuned.ipynb #00000002
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from ..core.base_model import fingerprint
 from ..core.errors import check_choice
 from ..core.files import write_json
-from ..data.examples import Task
 from ..data.models import load_model
+from ..data.records import Task
 from ..data.wheels import cache_folder, keep_in_cache, work_folder
 from .peft import lora_model
 from ..training.config import RUN_FILE, TrainConfig, TrainError
@@ -35,15 +35,20 @@ def tuned_copy(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model tuned on the task, and its tokenizer: trained the first time, then from the cache.
 
+    It is tuned on exactly the tokens that are scored, and validated on all examples:
+    `validation_share` and `end_token` of the config are not used.
+
     LoRA is returned as a `PeftModel`. Raises `TrainError` for another method, what `load_model` and
     `fit` raise, and `KeyboardInterrupt` if the training was stopped; the next call resumes it."""
     check_choice("method", method, ("full", "lora"), TrainError)
     model, tokenizer = load_model(name)
+    fixed = {"validation_share": None, "end_token": None}
+    config = replace(config, **fixed)
     recipe = {
         "name": name,
         "base": fingerprint(model),
         "task": task.fingerprint,
-        "config": asdict(config),
+        "config": {key: value for key, value in asdict(config).items() if key not in fixed},
         "method": method,
         **({"rank": rank} if method == "lora" else {}),
     }

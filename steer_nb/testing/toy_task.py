@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from ..core.errors import SteerError, check_choice
-from ..data.examples import Example, Task
+from ..data.examples import Example
+from ..data.records import Task
 
 # %% ../../nbs/testing/01_toy_task.ipynb #00000007
 def _digits(count: int, split: str, metric: str) -> tuple[Example, ...]:

@@ -46,6 +46,12 @@ class TrainConfig:
     weight_decay: float = 0.0  # of AdamW; on an adapter it pulls the effect towards none
     max_grad_norm: float | None = 1.0  # longer gradients are scaled down to it; None: never
     evaluations_per_epoch: int = 1  # validations per epoch, besides the one before training
+    # All validations together have at most this share of the training's tokens, but at least 32
+    # examples each; None: every validation example each time.
+    validation_share: float | None = 0.1
+    # Train the token that ends an answer, so that the model stops after it; None: only where the
+    # answer is generated, so that a choice is trained on exactly the tokens that are scored.
+    end_token: bool | None = True
     precision: str = "auto"  # one of `PRECISIONS`; auto: bfloat16 if the GPU has it, else float32
     seed: int = 0  # of the order of examples and of dropout
 
@@ -65,6 +71,16 @@ class TrainConfig:
         check_number(
             "max_grad_norm", self.max_grad_norm, 0, above=True, optional=True, error=TrainError
         )
+        check_number(
+            "validation_share",
+            self.validation_share,
+            0,
+            above=True,
+            optional=True,
+            error=TrainError,
+        )
+        if self.end_token not in (True, False, None):
+            raise TrainError(f"end_token is True, False or None, not {self.end_token!r}")
         check_choice("schedule", self.schedule, SCHEDULES, TrainError)
         check_choice("precision", self.precision, PRECISIONS, TrainError)
 

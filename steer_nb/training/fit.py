@@ -26,7 +26,7 @@ from ..core.base_model import describe_base, sample_weights
 from ..core.errors import SteeringError, check_number
 from ..core.steering import steerings
 from ..data.encoding import Encoded
-from ..data.examples import Task
+from ..data.records import Task
 from .checkpoints import Checkpoint, Checkpointer, signals_noted, sync_all
 from steer_nb.training.config import (
     CHECKPOINT_FOLDER,
@@ -40,7 +40,7 @@ from steer_nb.training.config import (
 )
 from .distributed import full_state, join_processes, wants_sharding
 from .method import Method, as_method, encode_split, trainable_parameters
-from .plan import plan_steps
+from .plan import plan_steps, validation_indices
 from steer_nb.training.run import (
     Run,
     device_name,
@@ -58,7 +58,7 @@ def run_identity(
 ) -> dict:
     "A description of a training, as JSON types: only one with an equal description is resumed."
     model = method.model
-    tokens = [[split, e.input_ids, e.prompt_length] for split, own in splits.items() for e in own]
+    tokens = [[split, one.input_ids, one.labels] for split, own in splits.items() for one in own]
     frozen = [
         (name, parameter)
         for name, parameter in model.named_parameters()
@@ -152,12 +152,17 @@ def fit(
     check_number("checkpoint_every", checkpoint_every, 0, error=TrainError)
     trainable_parameters(method.model)
     splits = {
-        split: encode_split(method.model, tokenizer, task, split)
+        split: encode_split(method.model, tokenizer, task, split, config.end_token)
         for split in ("train", "validation")
     }
     if not splits["train"]:
         raise TrainError(f"{task.name} has no training examples: load it with n_train=1 or more")
-    plan = plan_steps([len(one.input_ids) for one in splits["train"]], config)
+    lengths = {split: [len(one.input_ids) for one in own] for split, own in splits.items()}
+    plan = plan_steps(lengths["train"], config)
+    used = validation_indices(
+        lengths["validation"], lengths["train"], plan, config.validation_share
+    )
+    splits["validation"] = [splits["validation"][index] for index in used]
 
     join_processes()
     accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
@@ -222,6 +227,7 @@ def _record(
         fingerprint=task.fingerprint,
         model=model_name(model),
         examples={split: len(examples) for split, examples in trainer.splits.items()},
+        validation_available=len(task.validation),
         config=trainer.config,
         precision=trainer.precision,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -21,7 +21,7 @@ from ..core.files import free_folder
 from ..core.model_state import context_length
 from ..core.tables import markdown_table
 from ..data.encoding import Encoded, encode
-from ..data.examples import Task
+from ..data.records import Task
 from .config import TrainConfig, TrainError, learning_rates
 from .saving import restore_trained, save_trained
 
@@ -167,14 +167,22 @@ def restore_method(method: Method, folder: str | os.PathLike) -> Method:
 ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by tokenizer
 
 
-def encode_split(model: nn.Module, tokenizer, task: Task, split: str) -> list[Encoded]:
+def encode_split(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    split: str,
+    end_token: bool | None = True,  # `TrainConfig.end_token`
+) -> list[Encoded]:
     "The examples of a split as tokens. Raises `TaskError`, naming the example, if one is too long."
     known, length = ENCODED.setdefault(tokenizer, {}), context_length(model)
     settings = (tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
-    key = (task.fingerprint, split, task.chat, length, *settings)
+    key = (task.fingerprint, split, task.chat, length, end_token, *settings)
     if key not in known:
         if len(known) > 8:
             known.clear()
         examples = getattr(task, split)
-        known[key] = [encode(tokenizer, example, task.chat, length) for example in examples]
+        known[key] = [
+            encode(tokenizer, example, task.chat, length, end_token) for example in examples
+        ]
     return known[key]

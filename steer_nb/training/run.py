@@ -23,7 +23,7 @@ from ..core.files import read_json, write_json
 from .config import TrainConfig, TrainError
 
 # %% ../../nbs/training/06_run.ipynb #d071385f
-SCHEMA = 2  # 1 had none of the last five fields
+SCHEMA = 3  # 1 had none of the last six fields, 2 not the last one
 LARGEST = 1 << 26  # the most bytes of a record: 400,000 steps
 
 
@@ -54,6 +54,7 @@ class Run:
     resumed: list[int]  # the steps after which it was resumed
     skipped: int  # steps whose gradients overflowed in half precision, and changed nothing
     revision: str | None  # the commit of the base model, if it came from the Hub
+    validation_available: int  # examples in the task's validation split, used or not
 
     @property
     def share(self) -> float:
@@ -78,6 +79,10 @@ class Run:
             before = self.validation[0]["loss"]
             best = f"{self.best_loss:.3f} (best, after step {self.best_step})"
             parts.append(f"validation loss {before:.3f} → {best}")
+            if self.examples["validation"] < self.validation_available:
+                parts[-1] += (
+                    f" on {self.examples['validation']} of {self.validation_available} examples"
+                )
         return ", ".join(parts)
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -104,14 +109,19 @@ class Run:
         if schema == 1:
             later = {"stopped": None, "resumed": [], "skipped": 0, "revision": None}
             content |= {"planned": content.get("steps"), **later}
-        if set(content) != {field.name for field in fields(cls)} or schema not in (1, 2):
+        known = set(content) | {"validation_available"} if schema in (1, 2) else set(content)
+        if known != {field.name for field in fields(cls)} or schema not in (1, 2, 3):
             raise TrainError(
                 f"{path} is not a run of steer_nb: it does not have the fields that `Run.save` "
                 "writes"
             )
         try:
-            return cls(**{**content, "config": TrainConfig(**content["config"])})
-        except (TypeError, TrainError) as error:
+            config = content["config"]
+            if schema < 3:  # every validation example was used
+                content["validation_available"] = content["examples"]["validation"]
+                config = {"validation_share": None, "end_token": None, **config}
+            return cls(**{**content, "config": TrainConfig(**config)})
+        except (KeyError, TypeError, TrainError) as error:
             raise TrainError(f"{path}: the config is damaged ({error})") from error
 
     def __repr__(self) -> str:

@@ -268,8 +268,7 @@ class Trainer:
 
     def count_tokens(self, split: str, indices: Sequence[int]) -> int:
         "The number of labelled tokens of these examples."
-        examples = [self.splits[split][index] for index in indices]
-        return sum(len(one.input_ids) - one.prompt_length for one in examples)
+        return sum(self.splits[split][index].count for index in indices)
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
