@@ -24,7 +24,7 @@ from steer_nb.data.models import load_model
 from steer_nb.methods.registry import METHODS, apply_method
 from steer_nb.training import checkpoints, loss
 from steer_nb.training.checkpoints import Checkpoints
-from steer_nb.training.config import CHECKPOINT_FOLDER, OutputError, TrainConfig, TrainError
+from steer_nb.training.config import CHECKPOINT_FOLDER, LOCK, OutputError, TrainConfig, TrainError
 from steer_nb.training.fit import fit
 from steer_nb.training.run import Run
 
@@ -92,6 +92,20 @@ def kill_after(folder, step):
     child.wait_for(lambda: newest_step(folder) >= step)
     child.kill()
     child.wait()
+
+
+def test_two_trainings_in_one_folder(uninterrupted, tmp_path):
+    "The second says so at its start, and the first one's results are not touched."
+    folder = tmp_path / "run"
+    first = launch(folder)
+    first.wait_for(lambda: newest_step(folder) >= 2)
+    second = launch(folder).wait()
+    assert first.running(), "it ended before the second began: make the training longer"
+    assert second.returncode != 0 and "another process trains with the output" in second.stderr
+    finish(first)
+    assert results(folder) == uninterrupted
+    again = launch(folder).wait()  # complete: a third needs overwrite
+    assert "exists already" in again.stderr and results(folder) == uninterrupted
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -498,7 +512,7 @@ def test_the_record_has_the_commit_of_a_hub_model(tmp_path):
 
 def test_nothing_is_pickled(unfinished):
     for path in unfinished.rglob("*"):
-        assert path.is_dir() or path.suffix in (".json", ".safetensors"), path
+        assert path.is_dir() or path.suffix in (".json", ".safetensors") or path.name == LOCK, path
     for path in Path(checkpoints.__file__).parents[1].rglob("*.py"):
         text = path.read_text()
         for call in ("torch.load(", "import pickle", "torch.save("):

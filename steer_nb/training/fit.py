@@ -27,7 +27,13 @@ from ..core.errors import SteeringError, check_number
 from ..core.steering import steerings
 from ..data.encoding import Encoded
 from ..data.records import Task
-from .checkpoints import Checkpoint, Checkpointer, signals_noted, sync_all
+from steer_nb.training.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    only_training,
+    signals_noted,
+    sync_all,
+)
 from steer_nb.training.config import (
     CHECKPOINT_FOLDER,
     METHOD_FOLDER,
@@ -144,9 +150,10 @@ def fit(
     last stage, the seconds are those of all. Under a launcher all processes call this, with a
     folder that all of them see.
 
-    Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, or if
-    the folder has files or an unfinished training that differs; `OutputError` if the folder cannot
-    be read or written; `TaskError` if an example is longer than the model's context."""
+    Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
+    folder has files or an unfinished training that differs, or if another process trains there;
+    `OutputError` if the folder cannot be read or written; `TaskError` if an example is longer than
+    the model's context."""
     method, folder = as_method(model), check_output(output, overwrite)
     config = TrainConfig() if config is None else config
     check_number("checkpoint_every", checkpoint_every, 0, error=TrainError)
@@ -170,51 +177,54 @@ def fit(
     if wants_sharding(accelerator):  # later, the weights cannot be read in one process
         vars(method.model).setdefault("_steer_nb_base", describe_base(method.model))
 
-    checkpointer, found = None, None
-    if folder is not None:
-        identity = run_identity(method, task, splits, config)
-        writes = accelerator.is_main_process
-        checkpoints = folder / CHECKPOINT_FOLDER
-        checkpointer = Checkpointer(checkpoints, checkpoint_every, identity, writes)
-        found = _unfinished(checkpointer, accelerator, overwrite, restart)
+    with only_training(folder if accelerator.is_main_process else None):
+        check_output(output, overwrite)  # another process may have written results meanwhile
+        checkpointer, found = None, None
+        if folder is not None:
+            identity = run_identity(method, task, splits, config)
+            writes = accelerator.is_main_process
+            checkpoints = folder / CHECKPOINT_FOLDER
+            checkpointer = Checkpointer(checkpoints, checkpoint_every, identity, writes)
+            found = _unfinished(checkpointer, accelerator, overwrite, restart)
 
-    earlier = found.record if found else {"stage": 0, "seconds": {}, "resumed": []}
-    seconds, resumed, finished, stopped = Counter(earlier["seconds"]), earlier["resumed"], {}, None
-    with signals_noted() as stop:
-        for stage, _ in enumerate(method.stages()):
-            seed = config.seed + accelerator.process_index
-            with training_mode(method.model, seed, accelerator.device):
-                trainer = Trainer(method, tokenizer, splits, plan, config, accelerator)
-                if stage < earlier["stage"]:
-                    trainer.load_parameters(with_prefix(found.tensors, f"stage.{stage}."))
-                else:
-                    if found and stage == earlier["stage"]:
-                        trainer.load_state_dict(found.tensors, found.record)
-                        resumed = [*resumed, trainer.progress.step]
-                    if checkpointer is not None:
-                        record = {
-                            "stage": stage,
-                            "seconds": dict(seconds),  # of the stages before
-                            "resumed": resumed,
-                            "versions": package_versions(),
-                            "processes": accelerator.num_processes,
-                        }
-                        checkpointer.begin_stage(stage * len(plan), finished, record)
-                    stopped = trainer.run(stop, checkpointer)
-                    seconds.update(trainer.progress.seconds)
-                trained = full_state(method.model, trainer.parameters)
-            finished |= {f"stage.{stage}.{name}": tensor for name, tensor in trained.items()}
-            if stopped:
-                break
+        earlier = found.record if found else {"stage": 0, "seconds": {}, "resumed": []}
+        seconds, resumed = Counter(earlier["seconds"]), earlier["resumed"]
+        finished, stopped = {}, None
+        with signals_noted() as stop:
+            for stage, _ in enumerate(method.stages()):
+                seed = config.seed + accelerator.process_index
+                with training_mode(method.model, seed, accelerator.device):
+                    trainer = Trainer(method, tokenizer, splits, plan, config, accelerator)
+                    if stage < earlier["stage"]:
+                        trainer.load_parameters(with_prefix(found.tensors, f"stage.{stage}."))
+                    else:
+                        if found and stage == earlier["stage"]:
+                            trainer.load_state_dict(found.tensors, found.record)
+                            resumed = [*resumed, trainer.progress.step]
+                        if checkpointer is not None:
+                            record = {
+                                "stage": stage,
+                                "seconds": dict(seconds),  # of the stages before
+                                "resumed": resumed,
+                                "versions": package_versions(),
+                                "processes": accelerator.num_processes,
+                            }
+                            checkpointer.begin_stage(stage * len(plan), finished, record)
+                        stopped = trainer.run(stop, checkpointer)
+                        seconds.update(trainer.progress.seconds)
+                    trained = full_state(method.model, trainer.parameters)
+                finished |= {f"stage.{stage}.{name}": tensor for name, tensor in trained.items()}
+                if stopped:
+                    break
 
-    run = _record(trainer, task, dict(seconds), resumed, stopped)
-    if folder is not None and stopped is None and accelerator.is_main_process:
-        _write_output(run, method, folder, with_prefix(trained, "parameter."))
-        checkpointer.store.clear()
-    accelerator.wait_for_everyone()
-    if stop.signal and stopped is None:
-        signal.raise_signal(signal.Signals[stop.signal])
-    return run
+        run = _record(trainer, task, dict(seconds), resumed, stopped)
+        if folder is not None and stopped is None and accelerator.is_main_process:
+            _write_output(run, method, folder, with_prefix(trained, "parameter."))
+            checkpointer.store.clear()
+        accelerator.wait_for_everyone()
+        if stop.signal and stopped is None:
+            signal.raise_signal(signal.Signals[stop.signal])
+        return run
 
 
 def _record(
