@@ -25,6 +25,7 @@ COMMANDS = [
     "train",
     "evaluate",
     "generate",
+    "chat",
     "distill",
     "experiment",
     "bench",

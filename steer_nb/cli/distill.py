@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from .app import BatchSize, Overwrite, Seed, ShiftSite, TaskName, app
+from steer_nb.cli.app import (
+    BatchSize,
+    Choices,
+    Columns,
+    DataSource,
+    Metric,
+    Overwrite,
+    Seed,
+    ShiftSite,
+    TaskName,
+    app,
+    load_examples,
+)
 
 # %% ../../nbs/cli/02_distill.ipynb #00000005
 def paragraph_batches(path: Path, tokenizer, model, n: int, n_test: int, batch_size: int):
@@ -63,7 +75,11 @@ def distill(
         str, typer.Argument(help="The tuned model, or a folder with a PEFT adapter of the base.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the steering and the report.")],
-    task: TaskName = "sst2",
+    task: TaskName = None,
+    data: DataSource = None,
+    columns: Columns = None,
+    choices: Choices = None,
+    metric: Metric = None,
     text: Annotated[
         Path | None,
         typer.Option(help="Text file to fit on instead of a task; empty lines part paragraphs."),
@@ -85,14 +101,17 @@ def distill(
     from steer_nb.core.files import free_folder, write_json
     from steer_nb.data.encoding import task_batches
     from steer_nb.data.models import load_model
-    from steer_nb.data.tasks import load_task
     from steer_nb.evaluation.result import evaluate
     from steer_nb.theory.distill import fit_oracle
     from steer_nb.theory.oracle import logit_divergence
 
     free_folder(output, overwrite)
-    examples = None if text else load_task(task, n_train=n, n_test=n_test, seed=seed)
     model, tokenizer = load_model(base)
+    examples = None
+    if not text:
+        own = (task, data, columns, choices, metric, seed)
+        sizes = {"n_train": n, "n_test": n_test}
+        examples = load_examples(*own, model=model, tokenizer=tokenizer, **sizes)
     other = load_tuned(base, tuned)
     if text:
         batches, held_out = paragraph_batches(text, tokenizer, model, n, n_test, batch_size)
@@ -106,7 +125,7 @@ def distill(
         found = {"kl": 0.0 if one is other else logit_divergence(other, one, held_out)}
         if examples:
             result = evaluate(one, tokenizer, examples, batch_size=batch_size)
-            found["accuracy"] = result.accuracy
+            found[result.label] = result.score
         return found
 
     before, target = measured(model), measured(other)
@@ -115,8 +134,8 @@ def distill(
     typer.echo(steering.fit)
     report = {"before": before, "after": measured(model), "tuned model": target}
     for name, found in report.items():
-        accuracy = f", accuracy {found['accuracy']:.1%}" if examples else ""
-        typer.echo(f"{name:12} KL to the tuned model {found['kl']:.4f} nats per token{accuracy}")
+        scores = "".join(f", {key} {value:.3f}" for key, value in found.items() if key != "kl")
+        typer.echo(f"{name:12} KL to the tuned model {found['kl']:.4f} nats per token{scores}")
     steering.save(output / "steering", overwrite=overwrite)
     report |= {"base": base, "tuned": Path(tuned).name, "layers": _without_nan(steering.fit.rows)}
     write_json(output / "distill.json", report)

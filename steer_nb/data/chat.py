@@ -46,13 +46,19 @@ def answer_spans(tokenizer, messages: Sequence[Mapping]) -> tuple[str, list[tupl
         replaced.append(message)
     pieces = re.split("|".join(places), apply_template(tokenizer, replaced))
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    turns = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
     spans, position, fits = [], 0, len(pieces) == len(answers) + 1
-    for piece, answer in zip(pieces, answers, strict=False):
+    for piece, answer, turn in zip(pieces, answers, turns, strict=False):
         fits = fits and text.startswith(piece, position)
+        read = apply_template(tokenizer, messages[:turn], reply=True)
+        begin = (
+            len(read) if position <= len(read) and text.startswith(read) else position + len(piece)
+        )
         position += len(piece)
-        kept = answer if text.startswith(answer, position) else answer.strip()
+        trims = (answer, answer.rstrip(), answer.lstrip(), answer.strip())
+        kept = next((kept for kept in trims if text.startswith(kept, position)), answer)
         fits = fits and text.startswith(kept, position)
-        spans.append((position, position + len(kept)))
+        spans.append((min(begin, position), position + len(kept)))
         position += len(kept)
     if not fits or text[position:] != pieces[-1]:
         raise TaskError(
@@ -79,6 +85,7 @@ def encode_conversation(
         ids, trained = _marked(tokenizer, messages)
     else:
         ids, trained = _found(tokenizer, messages)
+    _trim(tokenizer, ids, trained)
     runs = [n for n, own in enumerate(trained) if own and (n == 0 or not trained[n - 1])]
     if len(runs) != len(turns):
         raise TaskError(
@@ -92,6 +99,22 @@ def encode_conversation(
     if ids[-1] not in tokenizer.added_tokens_decoder and tokenizer.eos_token_id is not None:
         ids, trained = [*ids, tokenizer.eos_token_id], [*trained, True]
     return ids, trained
+
+
+def _trim(tokenizer, ids: Sequence[int], trained: list[bool]) -> None:
+    "Untrain white space at the beginning of an answer, and after the token that ends it."
+    blank = [tokenizer.decode([token]).isspace() for token in ids]
+    special = [token in tokenizer.added_tokens_decoder for token in ids]
+    for n in range(len(ids)):
+        trained[n] = trained[n] and not (blank[n] and (n == 0 or not trained[n - 1]))
+        trained[n] = trained[n] and not (
+            blank[n] and n > 0 and special[n - 1] and _ends(trained, n)
+        )
+
+
+def _ends(trained: Sequence[bool], n: int) -> bool:
+    "Whether this is the last trained token of its turn."
+    return n + 1 == len(trained) or not trained[n + 1]
 
 
 def _marked(tokenizer, messages: Sequence[Mapping]) -> tuple[list[int], list[bool]]:

@@ -30,7 +30,7 @@ from steer_nb.experiments.statistics import (
     percentile_interval,
     test_records,
 )
-from .store import Store, canonical_json
+from .store import Store, canonical_json, task_of
 
 # %% ../../nbs/experiments/16_claims.ipynb #e4e09950
 def trivial_rules(
@@ -57,7 +57,7 @@ CLEARLY = 0.05  # by how much full fine-tuning has to beat the best trivial rule
 @lru_cache(maxsize=32)
 def _best_rule(arguments: str) -> np.ndarray:
     "The answers of the best trivial rule on the task with these arguments, given as JSON."
-    rules = trivial_rules(load_task(**json.loads(arguments)))
+    rules = trivial_rules(task_of(json.loads(arguments), 0))
     return max(rules.values(), key=np.mean)
 
 
@@ -72,7 +72,8 @@ def is_testable(experiment: Experiment, records: Sequence[dict], model: str, tas
     _, tests = test_records(experiment, records, model, task, "full")
     if len(tests) < number_of_tests(experiment, "full"):
         return True
-    best = _best_rule(canonical_json({**experiment.tasks[task], "n_train": 1, "n_validation": 1}))
+    few = {"n_train": 1, "n_validation": 1}
+    best = _best_rule(canonical_json({**experiment.tasks[task], **few}))
     low, _ = percentile_interval(bootstrap_draws(correct_matrix(tests) - best))
     return low > CLEARLY
 

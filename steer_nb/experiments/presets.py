@@ -18,7 +18,7 @@ from ..data.task_table import TASKS
 from ..data.tasks import LISTOPS_SIZES
 from .catalog import GPUS, SHAPES, UTILISATION, bare_model
 from .jobs import Arm, Experiment
-from .store import ExperimentError
+from .store import ExperimentError, task_of
 from .testbed import LISTOPS, TESTBED_SIZES, small_llama
 from ..methods.registry import METHODS, method_size
 from ..training.config import TrainConfig
@@ -169,7 +169,10 @@ ROWS = {  # on the Hub: training, and the splits that are evaluated on
 
 
 def example_counts(task: dict) -> tuple[int, int, int]:
-    "Training, validation and test examples of a task, from its arguments and without loading it."
+    "Training, validation and test examples of a task, from its arguments; own data are loaded."
+    if "records" in task:
+        own = task_of(task, 0)
+        return len(own.train), len(own.validation), len(own.test)
     if task["name"] == "listops":
         counts = LISTOPS_SIZES.values()
     else:
@@ -196,8 +199,9 @@ def _tokens(experiment: Experiment, model: str, task: str) -> tuple[int, int, in
     "How many tokens a run trains on, validates on (all validations together) and tests on."
     arguments = experiment.tasks[task]
     config = TrainConfig(**{**experiment.training, **experiment.budgets.get(task, {})})
-    tokens = TOKENS.get(arguments["name"], 100)
-    if arguments["name"] == "listops":  # a symbol is about two tokens of a language model
+    name = arguments.get("name")
+    tokens = TOKENS.get(name, 100)
+    if name == "listops":  # a symbol is about two tokens of a language model
         tokens = arguments.get("length", 32) * (1 if model in TESTBED_SIZES else 2)
     train, validation, test = example_counts(arguments)
     seen = train * config.epochs

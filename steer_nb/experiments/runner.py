@@ -19,11 +19,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..data.records import Task
-from ..data.tasks import load_task
 from ..data.wheels import AssetError
 from ..evaluation.result import Result, evaluate
 from .jobs import Job
-from .store import ExperimentError, Spec, Store, canonical_json
+from .store import ExperimentError, Spec, Store, canonical_json, task_of
 from .testbed import load_testbed
 from ..methods.registry import apply_method, load_method
 from ..training.config import METHOD_FOLDER, OutputError, TrainConfig
@@ -35,12 +34,12 @@ from ..training.saving import METHOD_FILE
 @lru_cache(maxsize=8)
 def _load_task(arguments: str) -> Task:
     "The task with these arguments, given as JSON; the last few are kept in memory."
-    return load_task(**json.loads(arguments))
+    return task_of(*json.loads(arguments))
 
 
 def run_task(spec: Spec) -> Task:
     "The examples of a run."
-    return _load_task(canonical_json({**spec.task, "seed": spec.seed}))
+    return _load_task(canonical_json([spec.task, spec.seed]))
 
 
 def trained_folder(store: Store, spec: Spec) -> Path:
