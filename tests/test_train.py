@@ -267,3 +267,34 @@ def test_a_real_launcher(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+
+
+# Trackers
+
+
+def test_tensorboard_has_every_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen, model = [], tiny()
+    config = TrainConfig(lr=1e-2, epochs=2, batch_size=8, log_with="tensorboard")
+    run = fit(model, tokenizer, toy, config, output=tmp_path / "run", on_step=seen.append)
+    assert [{k: v for k, v in one.items() if k != "validation_loss"} for one in seen] == run.curve
+    validated = {one["step"]: one["loss"] for one in run.validation if one["step"]}
+    assert {
+        one["step"]: one["validation_loss"] for one in seen if "validation_loss" in one
+    } == validated
+    folder = tmp_path / "run" / "logs" / "steer_nb"
+    events = EventAccumulator(str(folder)).Reload()
+    for name, of_step in (
+        ("loss", {one["step"]: one["loss"] for one in run.curve}),
+        ("validation_loss", validated),
+    ):
+        written = {event.step: event.value for event in events.Scalars(name)}
+        assert written == pytest.approx(of_step, rel=1e-6)  # TensorBoard keeps float32
+
+
+def test_a_tracker_that_is_not_installed(tmp_path):
+    with pytest.raises(TrainError, match="mlflow is not installed"):
+        fit(tiny(), tokenizer, toy, TrainConfig(log_with="mlflow"), output=tmp_path / "run")
+    with pytest.raises(TrainError, match="did you mean 'tensorboard'"):
+        TrainConfig(log_with="tensorbord")

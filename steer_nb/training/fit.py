@@ -12,13 +12,14 @@ import shutil
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import nn
 
@@ -36,6 +37,7 @@ from steer_nb.training.checkpoints import (
 )
 from steer_nb.training.config import (
     CHECKPOINT_FOLDER,
+    LOG_FOLDER,
     METHOD_FOLDER,
     RUN_FILE,
     STEERING_FOLDER,
@@ -72,7 +74,7 @@ def run_identity(
     ]
     sample = frozen[:: max(1, len(frozen) // 4)]
     return {
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name != "log_with"},
         "model": model_name(model),
         "method": method.name,
         "options": dict(method.options),
@@ -122,6 +124,36 @@ def _unfinished(
     return found
 
 # %% ../../nbs/training/09_fit.ipynb #f6e191b0
+def _accelerator(config: TrainConfig, folder: Path | None) -> Accelerator:
+    "Accelerate with its tracker, if there is one. Raises `TrainError` if it is not installed."
+    plugin = GradientAccumulationPlugin(num_steps=1)
+    if config.log_with is None:
+        return Accelerator(gradient_accumulation_plugin=plugin)
+    if config.log_with not in map(str, get_available_trackers()):
+        raise TrainError(f"{config.log_with} is not installed: pip install {config.log_with}")
+    logs = Path(LOG_FOLDER) if folder is None else folder / LOG_FOLDER
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=plugin, log_with=config.log_with, project_dir=logs
+    )
+    options = {name: value for name, value in asdict(config).items() if value is not None}
+    accelerator.init_trackers("steer_nb", config=options)
+    return accelerator
+
+
+def _reporter(
+    accelerator: Accelerator, on_step: Callable[[dict], None] | None, before: int
+) -> Callable[[dict], None]:
+    "A function that sends the record of a step to the tracker and to `on_step`."
+
+    def report(point: dict) -> None:
+        values = {name: value for name, value in point.items() if name != "step"}
+        accelerator.log(values, step=before + point["step"])
+        if on_step is not None:
+            on_step(point)
+
+    return report
+
+
 def fit(
     model: nn.Module | Method,  # what has requires_grad is trained; or a method
     tokenizer,
@@ -131,6 +163,7 @@ def fit(
     overwrite: bool = False,  # whether the folder may have files, or another unfinished training
     restart: bool = False,  # delete an unfinished training in the folder instead of resuming it
     checkpoint_every: float = 60.0,  # seconds between checkpoints, with a folder; 0: each step
+    on_step: Callable[[dict], None] | None = None,  # called after each step with its record
 ) -> Run:
     """Train, and return the record.
 
@@ -149,6 +182,9 @@ def fit(
     A method with several stages makes all steps in each: the curve in the record is that of the
     last stage, the seconds are those of all. Under a launcher all processes call this, with a
     folder that all of them see.
+
+    `on_step` gets what `Run.curve` has of a step, and `validation_loss` where there is one; so does
+    the tracker `config.log_with`, which writes to `logs/` in the folder, or here without one.
 
     Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
     folder has files or an unfinished training that differs, or if another process trains there;
@@ -172,7 +208,7 @@ def fit(
     splits["validation"] = [splits["validation"][index] for index in used]
 
     join_processes()
-    accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    accelerator = _accelerator(config, folder)
     reset_peak_memory(accelerator.device)
     if wants_sharding(accelerator):  # later, the weights cannot be read in one process
         vars(method.model).setdefault("_steer_nb_base", describe_base(method.model))
@@ -194,7 +230,8 @@ def fit(
             for stage, _ in enumerate(method.stages()):
                 seed = config.seed + accelerator.process_index
                 with training_mode(method.model, seed, accelerator.device):
-                    trainer = Trainer(method, tokenizer, splits, plan, config, accelerator)
+                    report = _reporter(accelerator, on_step, stage * len(plan))
+                    trainer = Trainer(method, tokenizer, splits, plan, config, accelerator, report)
                     if stage < earlier["stage"]:
                         trainer.load_parameters(with_prefix(found.tensors, f"stage.{stage}."))
                     else:
@@ -217,6 +254,8 @@ def fit(
                 if stopped:
                     break
 
+        for tracker in accelerator.trackers:
+            tracker.finish()
         run = _record(trainer, task, dict(seconds), resumed, stopped)
         if folder is not None and stopped is None and accelerator.is_main_process:
             _write_output(run, method, folder, with_prefix(trained, "parameter."))

@@ -8,7 +8,7 @@ __all__ = ['SKIPS', 'training_mode', 'Progress', 'Trainer', 'with_prefix']
 # %% ../../nbs/training/08_trainer.ipynb #bd56a207
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -100,7 +100,9 @@ class Trainer:
         plan: Sequence[Step],
         config: TrainConfig,
         accelerator: Accelerator,
+        report: Callable[[dict], None] | None = None,  # called in the first process, each step
     ):
+        self.report = report if accelerator.is_main_process else None
         self.method, self.tokenizer, self.splits, self.plan = method, tokenizer, splits, plan
         self.config, self.accelerator = config, accelerator
         self.precision = mixed_precision(config, accelerator)
@@ -173,6 +175,7 @@ class Trainer:
                 progress.seconds["training"] += time.perf_counter() - started
                 if step.evaluate:
                     self.validate(step.number)
+                self.report_step(step)
                 progress.step = step.number
                 bar.update()
                 # A signal to one process stops all; the first decides if a checkpoint is due.
@@ -191,6 +194,15 @@ class Trainer:
         if progress.validation:
             self.best.restore()
         return signals[0] if progress.step < len(self.plan) else None
+
+    def report_step(self, step: Step) -> None:
+        "Report a step as it is in the curve, with the validation loss where there is one."
+        made = self.progress.curve[-1:]
+        if self.report is None or not made or made[0]["step"] != step.number:
+            return  # a skipped step has nothing to report
+        validated = self.progress.validation[-1:]
+        known = step.evaluate and validated and validated[0]["step"] == step.number
+        self.report({**made[0], **({"validation_loss": validated[0]["loss"]} if known else {})})
 
     def update(self, step: Step) -> None:
         "One step. Raises `TrainError` if its loss or its gradient is not finite."
