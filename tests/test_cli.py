@@ -3,7 +3,6 @@
 What takes the real model and data is marked slow."""
 
 import errno
-import json
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import children
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from program import check, json_of, run
 from typer.testing import CliRunner
 
 from steer_nb.cli.cli import app
@@ -32,40 +32,12 @@ COMMANDS = [
 ]
 
 
-def run(*words):
-    "Exit code, stdout and stderr of a command, run in this process."
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception  # the program would show a traceback
-    return result.exit_code, result.stdout, result.stderr
-
-
-def check(*words):
-    "The stdout of a command that must succeed."
-    code, out, err = run(*words)
-    assert code == 0, err
-    return out
-
-
 def program(*words):
     "In a child: the program with these arguments."
     from steer_nb.cli.cli import main
 
     sys.argv = ["steer_nb", *map(str, words)]
     main()
-
-
-def json_of(path):
-    return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    "The folder of a model that trains in seconds."
-    folder = tmp_path_factory.mktemp("tiny")
-    for part in load_testbed("tiny-llama"):
-        part.save_pretrained(folder)
-    return folder
 
 
 # The demonstration

@@ -9,7 +9,7 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from test_cli import check, json_of, run, tiny  # noqa: F401  (a fixture)
+from program import check, json_of, run
 from transformers import PreTrainedTokenizerBase
 
 from steer_nb.core.steering import steer
@@ -235,7 +235,7 @@ def sums(tmp_path_factory):
     return path
 
 
-def test_train_and_evaluate_own_data(tiny, sums, tmp_path):  # noqa: F811
+def test_train_and_evaluate_own_data(tiny, sums, tmp_path):
     own = "--model", tiny, "--data", sums, "--columns", "prompt=request,completion=reply"
     out = check("train", *own, "--epochs", 1, "--output", tmp_path / "run")
     assert "examples" in out and "saved in" in out
@@ -254,7 +254,7 @@ def test_train_and_evaluate_own_data(tiny, sums, tmp_path):  # noqa: F811
     check("train", *own, "--epochs", 1, "--output", tmp_path / "run", "--overwrite")
 
 
-def test_a_method_on_own_data_in_the_program(tiny, sums, tmp_path):  # noqa: F811
+def test_a_method_on_own_data_in_the_program(tiny, sums, tmp_path):
     own = "--model", tiny, "--data", sums, "--columns", "prompt=request,completion=reply"
     check("train", *own, "--method", "lora", "--output", tmp_path / "run")
     lora = "--model", tiny, "--steering", tmp_path / "run"
@@ -263,7 +263,7 @@ def test_a_method_on_own_data_in_the_program(tiny, sums, tmp_path):  # noqa: F81
     assert code == 1 and "--strength needs a steering" in err
 
 
-def test_distill_on_own_data(tiny, sums, tmp_path):  # noqa: F811
+def test_distill_on_own_data(tiny, sums, tmp_path):
     columns = "prompt=request,completion=reply"
     words = "--data", sums, "--columns", columns, "--output", tmp_path / "out", "--n", 60
     out = check("distill", tiny, tiny, *words)
@@ -314,7 +314,7 @@ def test_chat_and_standard_input(sums, tmp_path, smollm_tokenizer):
         ("generate", "the prompt is empty"),
     ],
 )
-def test_errors_name_what_is_wrong(words, message, tiny, sums, tmp_path, monkeypatch):  # noqa: F811
+def test_errors_name_what_is_wrong(words, message, tiny, sums, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = words.replace("DATA", str(sums)).split()
     code, _, err = run(*words, *([""] if words == ["generate"] else []), "--model", tiny)

@@ -28,6 +28,7 @@ from steer_nb.cli.app import (
     ShiftSite,
     Size,
     SteeringFolder,
+    Strength,
     TaskName,
     app,
     is_first_process,
@@ -35,7 +36,6 @@ from steer_nb.cli.app import (
     load_steered,
     print_table,
     say,
-    set_strength,
     write_answer,
 )
 
@@ -200,7 +200,7 @@ def evaluate(
     from steer_nb.evaluation.choices import EvaluateError
     from steer_nb.evaluation.result import evaluate as score
 
-    if output is not None:
+    if output is not None and is_first_process():
         if output.exists():
             raise EvaluateError(f"{output} exists already: choose another file")
         try:
@@ -229,25 +229,19 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     model: ModelName = "smollm2-135m",
     steering: SteeringFolder = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help="Factor of the shift: 1 as trained, 0 off, negative: reversed."),
-    ] = None,
+    strength: Strength = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 40,
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")
     ] = False,
 ):
     "Generate text with or without a steering, greedily."
-    from steer_nb.core.errors import SteerError, SteeringError
+    from steer_nb.core.errors import SteerError
 
-    if strength is not None and steering is None:
-        raise SteeringError("--strength needs --steering")
     prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     if not prompt.strip():
         raise SteerError("the prompt is empty: write the text to continue, or - to read it")
-    loaded, tokenizer = load_steered(model, steering)
-    set_strength(loaded, strength)
+    loaded, tokenizer = load_steered(model, steering, strength=strength)
     typer.echo(write_answer(loaded, tokenizer, prompt, tokens, chat))
 
 
@@ -255,23 +249,16 @@ def generate(
 def chat(
     model: ModelName = "smollm2-135m",
     steering: SteeringFolder = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help="Factor of the shift: 1 as trained, 0 off, negative: reversed."),
-    ] = None,
+    strength: Strength = None,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 200,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
 ):
     "Talk to a model for several turns, with or without a steering. An empty line ends it."
-    from steer_nb.core.errors import SteeringError
     from steer_nb.data.chat import apply_template
     from steer_nb.data.examples import Example
     from steer_nb.evaluation.generation import generate_answers
 
-    if strength is not None and steering is None:
-        raise SteeringError("--strength needs --steering")
-    loaded, tokenizer = load_steered(model, steering)
-    set_strength(loaded, strength)
+    loaded, tokenizer = load_steered(model, steering, strength=strength)
     messages = [] if system is None else [{"role": "system", "content": system}]
     apply_template(tokenizer, [*messages, {"role": "user", "content": "?"}])  # for its errors
     while True:

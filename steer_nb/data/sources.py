@@ -52,7 +52,7 @@ def _read_file(path: Path) -> Sequence[Mapping]:
     suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
     if path.suffix in (".jsonl", ".ndjson"):
         return JsonLines(path)
-    if suffix == ".json":
+    if path.suffix == ".json":
         with open(path, encoding="utf-8") as file:
             first = file.read(1)
         if first == "{":
@@ -61,7 +61,7 @@ def _read_file(path: Path) -> Sequence[Mapping]:
         if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
             return rows
         raise TaskError(f"{path} is not a list of JSON objects")
-    if suffix not in (*READERS, ".jsonl"):
+    if suffix not in (*READERS, ".json", ".jsonl"):
         raise TaskError(
             f"{path} is of an unknown kind: data is .jsonl, .json, {', '.join(READERS)}"
         )

@@ -20,12 +20,6 @@ from .examples import Example, TaskError, content_digest, split_of
 from .forms import BadRow, Form, find_form
 
 # %% ../../nbs/data/10_splits.ipynb #00000004
-def _content(example: Example) -> list:
-    "What makes an example different from another."
-    kept = ("prompt", "completion", "choices", "messages")
-    return [getattr(example, name) for name in kept]
-
-
 def shared_text(example: Example) -> str:
     """What two examples must not share across splits: all that comes before the answer, without
     punctuation, in lower case. Of a text alone: all of it."""
@@ -49,17 +43,21 @@ class RecordReader:
 
     def form(self, rows: Sequence[Mapping]) -> Form:
         "The form of the rows, with the classes of a `datasets.ClassLabel`."
-        names, choices = getattr(rows, "column_names", None) or list(rows[0]), self.choices
+        names, choices = getattr(rows, "column_names", None), self.choices
+        if names is None:  # a row may lack a column that others have
+            names = list(
+                dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
+            )
         for name, kind in (getattr(rows, "features", None) or {}).items():
             if choices is None and isinstance(kind, datasets.ClassLabel):
                 wanted = (self.columns or {}).get("label", "label")
                 choices = kind.names if name == wanted and "choices" not in names else None
         return find_form(names, self.columns, choices)
 
-    def drop(self, split: str, number: int, reason: str, example: str = "") -> None:
+    def drop(self, split: str, number: int, reason: str) -> None:
         "Count a row that is left out."
         self.left_out[split][reason] += 1
-        self.first.setdefault(reason, f"{split} row {number + 1}{example}")
+        self.first.setdefault(reason, f"{split} row {number + 1}")
 
     def examples(self, split: str, rows: Sequence[Mapping]) -> tuple[Form, list[Example]]:
         "The examples of one part of the source, without copies."
@@ -70,13 +68,16 @@ class RecordReader:
         self.chat = form.chat if self.chat is None else self.chat
         for number, row in enumerate(rows):
             try:
+                if not isinstance(row, Mapping):
+                    raise BadRow(f"{type(row).__name__}, not an object with columns")
                 whole = form.example(row)
                 made = self.fitting(whole)
             except BadRow as problem:
                 self.drop(split, number, str(problem))
                 continue
             for example, lengths in made:
-                digest = content_digest(_content(example))[:16]
+                content = [example.prompt, example.completion, example.choices, example.messages]
+                digest = content_digest(content)[:16]
                 if digest in found:
                     self.drop(split, number, "a copy of another row")
                     continue
@@ -131,9 +132,10 @@ def divided(found: dict[str, list[Example]], reader: RecordReader, seed: int) ->
     "The examples in three splits, of which no two share a prompt."
     splits, holder = {split: [] for split in SHARES}, {}
     shares = SHARES
-    if set(found) - {"train"}:
-        whole = {"train": 1.0} if "validation" in found else {"train": 0.9, "validation": 0.1}
-        shares = whole
+    if "validation" in found:
+        shares = {"train": 1.0}
+    elif "test" in found:
+        shares = {"train": 0.9, "validation": 0.1}
     for split in reversed(SHARES):  # what is also in the test is left out of the others
         for example in found.get(split, ()):
             text = reader.shared[example.id]
