@@ -461,7 +461,7 @@ def bad_values():
         )
     yield "one", "half a character for a name", lambda folder: rename(folder, "\ud800")
     for field, values in {
-        "schema": [True, 0, -1, 4, 1.0, "3", None],
+        "schema": [True, 0, -1, 5, 1.0, "4", None],
         "steerings": [{}, [], None, 3],
         "base": [None, [], {}],
     }.items():
@@ -470,6 +470,8 @@ def bad_values():
     for field, values in {
         "name": [1, None],
         "hidden_size": [True, 33, "32"],
+        "vocabulary": [True, 101, "100", None],
+        "note": [1, None],
         "layers": [True, 2.0],
         "model_type": ["mamba", None],
         "fingerprint": [None, [], {}, {"embedding": 1}],

@@ -616,13 +616,13 @@ def test_new_kinds_and_heads_are_saved_and_loaded(tmp_path, kind, heads):
     assert torch.equal(other(INPUT).logits, base)
 
 
-@pytest.mark.parametrize("schema, lacking", [(1, ("init", "heads")), (2, ("heads",))])
+@pytest.mark.parametrize("schema, lacking", [(1, ("init", "heads")), (2, ("heads",)), (3, ())])
 def test_older_schemas_are_read(tmp_path, schema, lacking):
     steering = randomise(steer(tiny(), SteeringConfig(site="heads", rank=2)))
     steering.save(tmp_path)
     path = tmp_path / "steering_config.json"
     content = json.loads(path.read_text())
-    assert content["schema"] == 3
+    assert content["schema"] == 4
     content["schema"] = schema
     path.write_text(json.dumps(content))
     with pytest.raises(
@@ -631,12 +631,14 @@ def test_older_schemas_are_read(tmp_path, schema, lacking):
         load_steering(tiny(), tmp_path)
     for field in lacking:
         del content["steerings"]["default"][field]
+    for field in ("vocabulary", "note"):
+        del content["base"][field]
     path.write_text(json.dumps(content))
     loaded = load_steering(tiny(), tmp_path)
     assert loaded.config == steering.config and torch.equal(
         loaded.model(INPUT).logits, steering.model(INPUT).logits
     )
-    content["schema"] = 3
+    content["schema"] = 4
     path.write_text(json.dumps(content))
     with pytest.raises(SteeringError, match="lacks the field"):
         load_steering(tiny(), tmp_path)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import SteerError
 from ..core.hooks import capture
 from ..core.model_state import evaluating
+from ..core.quantized import is_quantized
 from ..core.sites import Place, Site, available_sites, blocks, hidden_size, locate
 from ..core.steering import Steering, steerings
 
@@ -61,13 +62,22 @@ def check_convertible(
             )
 
 # %% ../../nbs/convert/00_projections.ipynb #e39e0e2e
+def _has_matrix(module: nn.Module) -> bool:
+    "Whether a module has a weight matrix, which quantizers may keep under another name."
+    matrix = getattr(module, "weight", None)
+    return getattr(matrix, "ndim", 0) == 2 or hasattr(module, "in_features")
+
+
 def weight_modules(block: nn.Module) -> list[nn.Module]:
     "The modules of a block that have a weight matrix, without steerings and what PEFT wraps."
     return [
         module
         for path, module in block.named_modules()
         if not {"steering", "base_layer"} & set(path.split("."))
-        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        and (
+            getattr(getattr(module, "weight", None), "ndim", 0) == 2
+            or hasattr(module, "in_features")
+        )
     ]
 
 
@@ -129,7 +139,12 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _usable(model: nn.Module, projection: Projection) -> Projection:
     "The projection. Raises `ConvertError` if changing its weight is impossible or changes others."
     path, module = projection.path, projection.module
-    weight = module.weight
+    weight = getattr(module, "weight", None)
+    if weight is None or is_quantized(weight):
+        raise ConvertError(
+            f"{path} is quantized ({type(module).__name__}), and this conversion needs its weight "
+            "as a float matrix: load the model without quantization"
+        )
     ordinary = isinstance(module, (nn.Linear, Conv1D)) and type(weight) is nn.Parameter
     ordinary = ordinary and type(weight.data) is torch.Tensor and not weight.is_meta
     if not ordinary or weight.dtype not in _FLOATS:

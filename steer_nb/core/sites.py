@@ -54,8 +54,9 @@ class Site:
 TOWERS = ("vision", "visual", "image", "audio", "speech")  # parts of paths to other encoders
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _has_weights(module: nn.Module) -> bool:
+    "Whether a module has parameters, or the buffers in which quantizers keep their codes."
+    return next(module.parameters(), None) is not None or bool(module.state_dict())
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -67,7 +68,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         inside = any(path.startswith(f"{outer}.") for outer in found)
         if inside or any(word in path for word in TOWERS):
             continue
-        if next(module[0].children(), None) is not None and _has_parameters(module[0]):
+        if next(module[0].children(), None) is not None and _has_weights(module[0]):
             found[path] = module
     return found
 
@@ -150,7 +151,7 @@ def block_parts(block: nn.Module) -> dict[str, list[str]]:
     "The names of the block's children by role: attn, mlp, inline, branch, norm and unknown."
     parts = {role: [] for role in ("attn", "mlp", "inline", "branch", "norm", "unknown")}
     for name, child in block.named_children():
-        if name != "steering" and _has_parameters(child):
+        if name != "steering" and _has_weights(child):
             parts[_role(name, child)].append(name)
     return parts
 
@@ -159,7 +160,7 @@ def _post_norm(block: nn.Module, at: str) -> str | None:
     "The name of the norm between the branch and the residual stream, if there is one."
     for after_attention, after_mlp in POST_NORMS:
         norm = getattr(block, after_mlp, None)
-        if norm is not None and _has_parameters(norm) and hasattr(block, after_attention):
+        if norm is not None and _has_weights(norm) and hasattr(block, after_attention):
             return after_attention if at == "attn" else after_mlp
     return None
 
@@ -169,7 +170,7 @@ def _last_projection(path: str, module: nn.Module) -> tuple[str, nn.Module]:
     found = [
         (f"{path}.{name}", child)
         for name, child in module.named_children()
-        if getattr(getattr(child, "weight", None), "ndim", 0) == 2
+        if getattr(getattr(child, "weight", None), "ndim", 0) == 2 or hasattr(child, "in_features")
     ]
     return found[-1]
 

@@ -30,6 +30,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..core.errors import nearest
 from ..core.files import read_json, write_json
+from ..core.quantized import make_differentiable, quantization_config
 from steer_nb.data.wheels import (
     MODELS,
     AssetError,
@@ -224,13 +225,13 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedToken
     return tokenizer
 
 
-def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+def _load_weights(source: str | Path, options: dict, revision: str | None) -> PreTrainedModel:
     "The model of a folder or Hub id. Raises `AssetError` if there is none, or tensors are missing."
     _check_trust(source, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype,
+            **options,
             revision=revision,
             trust_remote_code=False,
             use_safetensors=True,
@@ -252,23 +253,49 @@ def _load_weights(source: str | Path, dtype: torch.dtype, revision: str | None) 
     return model
 
 # %% ../../nbs/data/01_models.ipynb #6c072f07
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    'The dtype, or "auto". Raises `AssetError` unless it is a floating-point dtype of torch.'
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found or dtype
+    raise AssetError(
+        f"no dtype {dtype!r} for weights: use 'auto', 'float32', 'bfloat16', 'float16' or 'float64'"
+    )
+
+
 def load_model(
     name: str | Path,  # a key of `MODELS`, a folder, or a Hub id (owner/name)
-    dtype: torch.dtype = torch.float32,  # of the weights in memory
+    dtype: str | torch.dtype | None = None,  # "bfloat16", …, or "auto": as stored
     device: str | torch.device | None = None,  # None: the GPU if torch finds one, else the CPU
     revision: str | None = None,  # of a Hub id: a branch, tag or commit
+    quantization: str | None = None,  # of the linear layers: "int8", "int4" or "nf4"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer.
 
-    A short name has precedence over a folder of the same name. `model.name_or_path` is `name`, and
-    `model.config._commit_hash` the commit of a Hub id (else None). Raises `AssetError` if the model
-    does not exist, cannot be downloaded, differs from its pin, would need code or pickles from its
-    folder, or if its folder lacks tensors or a tokenizer.
+    `dtype=None` is float32, or bfloat16 with `quantization`, which replaces the matrices of the
+    linear layers; embeddings, norms and the output layer keep the dtype. A short name has
+    precedence over a folder of the same name. `model.name_or_path` is `name`, for a short name the
+    Hub id that it stands for, and `model.config._commit_hash` the commit of a Hub id (else None).
+    Raises `AssetError` if the model does not exist, cannot be downloaded, differs from its pin,
+    would need code or pickles from its folder, or if its folder lacks tensors or a tokenizer; and
+    as `quantization_config`.
     """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = {
+        "dtype": _checked_dtype(dtype or (torch.bfloat16 if quantization else torch.float32))
+    }
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, options["dtype"], device)
+        options["device_map"] = {"": device}  # weights are quantized where they will be used
     source, commit = _source(name, revision)
     with _no_progress_bars():
         tokenizer = _load_tokenizer(source, commit)
-        model = _load_weights(source, dtype, commit)
+        model = _load_weights(source, options, commit)
     model.config._commit_hash = commit
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = str(name)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    known_as = str(name)
+    if name in MODELS:
+        known_as = MODELS[name].hub
+        model._steer_nb_note = f"weights dequantized from {MODELS[name].file}"
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = known_as
+    make_differentiable(model)
+    return (model if quantization else model.to(device)).eval(), tokenizer

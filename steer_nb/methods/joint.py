@@ -17,6 +17,7 @@ from torch import nn
 from ..core.base_model import describe_base
 from ..core.config import SteeringConfig
 from ..core.errors import check_choice, check_number
+from ..core.quantized import check_float_weights
 from ..core.sites import Site, blocks
 from ..core.steering import steer, steerings
 from steer_nb.methods.orthogonal import (
@@ -312,6 +313,7 @@ def joint(
     with restored_on_error(model):
         base = describe_base(model)
         if config.weights == "full":
+            check_float_weights(model, "weights='full'", JointError)
             model.requires_grad_(False)
             for block in _blocks_of(model, config.weight_layers):
                 block.requires_grad_(True)

@@ -99,7 +99,7 @@ def last_projections(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module |
             norm = ran[-1] if _is_norm(ran[-1], width) else None
             found[layer] = matrices[-1], norm
     for layer, (module, _) in found.items():
-        outputs = weight_matrix(module).shape[0]
+        outputs = getattr(module, "out_features", None) or weight_matrix(module).shape[0]
         if outputs != width:
             raise JointError(
                 f"layer {layer}: the last matrix of the block, a {type(module).__name__}, writes "

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import check_number, nearest
+from ..core.quantized import check_float_weights, quantized_layers
 from ..core.sites import block_parts, blocks
 from .rows import MethodError
 from ..training.config import TrainError
@@ -42,7 +43,8 @@ def _linears_of_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def full_method(model: nn.Module) -> Method:
-    "Full fine-tuning: all parameters."
+    "Full fine-tuning: all parameters. Raises `TrainError` if some are quantized."
+    check_float_weights(model, "full fine-tuning", TrainError)
     return Method(model.requires_grad_(True))
 
 
@@ -52,7 +54,10 @@ def full_size(model: nn.Module) -> int:
 
 
 def bitfit_method(model: nn.Module) -> Method:
-    "The biases of the blocks, and a new one for each linear layer that has none."
+    """The biases of the blocks, and a new one for each linear layer that has none.
+
+    Raises `TrainError` if layers are quantized."""
+    check_float_weights(model, "bitfit", TrainError)
     model.requires_grad_(False)
     for module in _linears_of_blocks(model).values():
         if module.bias is None:
@@ -85,11 +90,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     Left out are the output layer, routers, and in `MAMBAS` the layers `out_proj`: their kernels
     read its weight without calling it, and PEFT raises an error for it. Experts stored in one
     tensor are not linear layers: PEFT takes those as `target_parameters`."""
+    quantized = quantized_layers(model)
     mamba = model.config.get_text_config(decoder=True).model_type in MAMBAS
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if (isinstance(module, (nn.Linear, Conv1D)) or path in quantized)
         and _maps_tokens(module)
         and module is not model.get_output_embeddings()
         and not (mamba and path.endswith("out_proj"))

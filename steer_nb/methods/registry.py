@@ -11,12 +11,15 @@ import numbers
 import os
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from ..convert.projections import probe_forward, unsteered
 from ..core.base_model import check_base_model, describe_base
 from ..core.config import SteeringConfig
 from ..core.errors import SteerError, nearest
 from ..core.files import TENSOR_FILE as STEERING_TENSORS
+from ..core.quantized import quantized_layers
 from . import peft
 from steer_nb.methods.heads import (
     JoLAMethod,
@@ -199,9 +202,23 @@ def apply_method(
 def _put(model: nn.Module, name: str, row: MethodRow, options: dict) -> Method:
     "Put a method on a model."
     _check_sizes(model, options)
+    quantized = {type(layer).__name__ for layer in quantized_layers(model).values()}
     with restored_on_error(model):
         base = describe_base(model)
-        method = row.build(model, options)
+        try:
+            method = row.build(model, options)
+            if quantized:  # PEFT accepts layers that it cannot run
+                with torch.no_grad(), unsteered(method.model):
+                    probe_forward(method.model)
+        except SteerError:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if not quantized:
+                raise
+            raise MethodError(
+                f"{name} does not run on this model, whose linear layers are quantized "
+                f"({', '.join(sorted(quantized))}): {error}"
+            ) from error
     method.name, method.base, method.options = name, base, options
     return method
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.errors import SteerError, nearest
 from ..core.files import read_json
+from ..core.quantized import check_float_weights, quantized_layers
 
 # %% ../../nbs/theory/01_updates.ipynb #00000008
 class EquivalenceError(SteerError):
@@ -58,9 +59,7 @@ def check_shape(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> tor
     if not tensor.isfinite().all():
         raise EquivalenceError(f"the update of {name!r} has values that are not finite")
     if not parameter.is_floating_point():
-        raise EquivalenceError(
-            f"{name!r} is {parameter.dtype}: quantized weights cannot be updated"
-        )
+        raise EquivalenceError(f"{name!r} is {parameter.dtype}: it cannot be updated")
     return tensor
 
 
@@ -73,8 +72,10 @@ def check_update(module: nn.Module, update: Mapping[str, torch.Tensor]) -> None:
             "an update is a dict of parameter name to tensor with at least one entry, "
             f"not {update!r:.60}"
         )
-    parameters = dict(module.named_parameters())
+    parameters, quantized = dict(module.named_parameters()), quantized_layers(module)
     for name in update:
+        if name.rpartition(".")[0] in quantized:
+            raise EquivalenceError(f"{name!r} is quantized: its weights cannot be updated")
         if name not in parameters:
             hint = nearest(name, parameters)
             raise EquivalenceError(f"{type(module).__name__} has no parameter {name!r}{hint}")
@@ -97,6 +98,7 @@ def _weights(model: nn.Module | str | Path) -> _Weights:
     "The weights of a model, or of a folder that `save_pretrained` wrote."
     if not isinstance(model, nn.Module):
         return _weights_on_disk(Path(model))
+    check_float_weights(model, "an update between models", EquivalenceError)
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tied = frozenset(tensors) - {name for name, _ in model.named_parameters()}
     shapes = {name: tuple(p.shape) for name, p in tensors.items()}

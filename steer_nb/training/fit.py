@@ -25,6 +25,7 @@ from torch import nn
 
 from ..core.base_model import describe_base, sample_weights
 from ..core.errors import SteeringError, check_number
+from ..core.quantized import count_parameters, is_quantized, make_differentiable
 from ..core.steering import steerings
 from ..data.encoding import Encoded
 from ..data.records import Task
@@ -70,7 +71,7 @@ def run_identity(
     frozen = [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and "steering" not in name
+        if not (parameter.requires_grad or is_quantized(parameter) or "steering" in name)
     ]
     sample = frozen[:: max(1, len(frozen) // 4)]
     return {
@@ -210,6 +211,7 @@ def fit(
     join_processes()
     accelerator = _accelerator(config, folder)
     reset_peak_memory(accelerator.device)
+    make_differentiable(method.model)
     if wants_sharding(accelerator):  # later, the weights cannot be read in one process
         vars(method.model).setdefault("_steer_nb_base", describe_base(method.model))
 
@@ -279,7 +281,7 @@ def _record(
         validation_available=len(task.validation),
         config=trainer.config,
         precision=trainer.precision,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model),
         trainable=sum(parameter.numel() for parameter in trainer.parameters.values()),
         steerings={name: asdict(steering.config) for name, steering in steerings(model).items()},
         steps=len(progress.curve),

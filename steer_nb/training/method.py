@@ -19,6 +19,7 @@ from torch import nn
 from ..core.errors import check_choice
 from ..core.files import free_folder
 from ..core.model_state import context_length
+from ..core.quantized import count_parameters
 from ..core.tables import markdown_table
 from ..data.encoding import Encoded, encode
 from ..data.records import Task
@@ -111,7 +112,7 @@ class Method:
     @property
     def share(self) -> float:
         "The trained share of all parameters, adapters included."
-        return self.num_parameters / sum(p.numel() for p in self.model.parameters())
+        return self.num_parameters / count_parameters(self.model)
 
     def __call__(self, *args, **kwargs):
         "The model's forward pass."
