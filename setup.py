@@ -27,6 +27,7 @@ setup(
     install_requires=project["requirements"].split(),
     extras_require={
         "dev": project["dev_requirements"].split(),
+        "quantized": project["quantized_requirements"].split(),
         "ray": project["ray_requirements"].split(),
     },
     entry_points={"console_scripts": [project["console_scripts"]]},

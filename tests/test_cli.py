@@ -163,7 +163,7 @@ def test_an_interrupted_training_resumes(tiny, tmp_path):
         ("train --output new --kind lineer", 1, "did you mean 'linear'"),
         ("train --output new --rank 0", 1, "rank"),
         ("train --output new --lr -1", 1, "lr"),
-        ("train --output new --dtype half", 1, "no dtype 'half'"),
+        ("train --output new --dtype halved", 1, "no dtype 'halved'"),
         ("generate x --strength 2", 1, "--strength needs --steering"),
         ("experiment smok", 1, "did you mean 'smoke'"),
         ("experiment smoke --arms lorra", 1, "did you mean 'lora'"),

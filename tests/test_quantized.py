@@ -1,5 +1,5 @@
-"""Bases in half precision and quantized: int8 and int4 of torchao, nf4 of bitsandbytes, and layers that
-keep their codes in buffers, as GPTQ and AWQ do."""
+"""Bases in half precision and quantized: int8 and int4 of torchao, nf4 of bitsandbytes, and layers
+that keep their codes in buffers, as GPTQ and AWQ do."""
 
 import sys
 

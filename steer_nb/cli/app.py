@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'app', 'ModelName', 'TaskName', 'DataSource', 'Columns', 'Choices', 'Metric', 'SteeringFolder', 'Strength',
-           'Size', 'Seed', 'BatchSize', 'ShiftSite', 'LearningRate', 'Epochs', 'Overwrite', 'Program', 'options',
-           'one_line_warnings', 'is_first_process', 'say', 'chosen', 'print_table', 'find_steering', 'load_examples',
-           'read_whole', 'load_steered', 'write_answer']
+           'Dtype', 'Quantization', 'Size', 'Seed', 'BatchSize', 'ShiftSite', 'LearningRate', 'Epochs', 'Overwrite',
+           'Program', 'options', 'one_line_warnings', 'is_first_process', 'say', 'chosen', 'print_table',
+           'find_steering', 'load_examples', 'read_whole', 'load_steered', 'write_answer']
 
 # %% ../../nbs/cli/00_app.ipynb #00000002
 import os
@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from .. import __version__
 
 # %% ../../nbs/cli/00_app.ipynb #00000005
-ORDER = ("demo", "models", "tasks", "train", "evaluate", "generate", "chat")  # in the help
+ORDER = ("demo", "models", "tasks", "train", "evaluate", "generate", "chat", "push")  # in the help
 ORDER += ("distill", "experiment", "bench")
 
 
@@ -134,6 +134,17 @@ SteeringFolder = Annotated[
 Strength = Annotated[
     float | None,
     typer.Option(help="Factor of the shift: 1 as trained, 0 off, negative: reversed."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of the frozen weights: float32, bfloat16 for half the size, or auto: as "
+        "stored.  [default: float32; with --quantization bfloat16]"
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Quantize the frozen linear layers: int8, int4 or nf4.  [default: none]"),
 ]
 Size = Annotated[int | None, typer.Option(min=1, help="Number of examples.  [default: all]")]
 Seed = Annotated[
@@ -259,14 +270,16 @@ def read_whole(data: str):
 
 
 def load_steered(
-    model: str, steering: Path | None, dtype: str = "float32", strength: float | None = None
+    model: str,
+    steering: Path | None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    strength: float | None = None,
 ):
     """A model and its tokenizer; with a saved steering or method applied, if there is one.
 
     Raises `SteeringError` for a strength without a steering that it could scale."""
-    import torch
-
-    from steer_nb.core.errors import SteeringError, check_choice
+    from steer_nb.core.errors import SteeringError
     from steer_nb.core.loading import load_steering
     from steer_nb.core.steering import steerings
     from steer_nb.data.models import load_model
@@ -275,9 +288,8 @@ def load_steered(
 
     if strength is not None and steering is None:
         raise SteeringError("--strength needs --steering")
-    check_choice("dtype", dtype, ("float32", "bfloat16"))
     device = "cpu" if _join_processes() else None  # a sharded model need not fit on one GPU
-    loaded, tokenizer = load_model(model, getattr(torch, dtype), device)
+    loaded, tokenizer = load_model(model, dtype, device, quantization=quantization)
     if steering is None:
         return loaded, tokenizer
     steering = find_steering(Path(steering))

@@ -296,6 +296,7 @@ def load_model(
     if name in MODELS:
         known_as = MODELS[name].hub
         model._steer_nb_note = f"weights dequantized from {MODELS[name].file}"
+        model._steer_nb_short_name = str(name)
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = known_as
     make_differentiable(model)
     return (model if quantization else model.to(device)).eval(), tokenizer
