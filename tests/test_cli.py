@@ -26,6 +26,7 @@ COMMANDS = [
     "evaluate",
     "generate",
     "chat",
+    "push",
     "distill",
     "experiment",
     "bench",
