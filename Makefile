@@ -12,7 +12,7 @@ TEST_ENVIRONMENT = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFL
 .PHONY: help demo test test-all lab export readme clean
 
 help:
-	@echo "make demo      steer a real language model on real data"
+	@echo "make demo      teach a real language model to answer in JSON, on real data"
 	@echo "make test      run every notebook and every test, except those marked slow"
 	@echo "make test-all  run everything, including slow cells and slow tests"
 	@echo "make lab       open JupyterLab on the notebooks; LAB_FLAGS='--no-browser' is passed on"
@@ -37,7 +37,7 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/pyth
 	@touch "$@"
 
 demo: $(INSTALLED)
-	@echo "Steering SmolLM2-135M on SST-2 (the first run downloads the model and the data)"
+	@echo "Teaching SmolLM2-135M to classify reviews and answer in JSON (the first run downloads the model and the data)"
 	@"$(BIN)/steer_nb" demo --overwrite
 
 test: $(INSTALLED)

@@ -16,7 +16,10 @@ from program import check, json_of, run
 from typer.testing import CliRunner
 
 from steer_nb.cli.cli import app
+from steer_nb.cli.demo import write_files
+from steer_nb.data.models import load_model
 from steer_nb.experiments.testbed import load_testbed
+from steer_nb.testing.tiny_models import tiny_model
 
 COMMANDS = [
     "demo",
@@ -48,35 +51,61 @@ def check_demonstration(folder, out):
     "Everything that the demonstration reports is in its files."
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        "steering/steering.safetensors",
-        "steering/steering_config.json",
-        "run.json",
+        "data/train.jsonl",
+        "data/test.jsonl",
+        "run/steering/steering.safetensors",
+        "run/steering/steering_config.json",
+        "run/run.json",
         "before.json",
         "after.json",
         "demo.png",
     }
     before, after = json_of(folder / "before.json"), json_of(folder / "after.json")
     assert before["n"] == after["n"] == 40 and before["predictions"] != after["predictions"]
-    assert f"unsteered: accuracy {before['score']:.1%}" in out
-    assert f"{after['score']:.1%}" in out and "every prediction is the same" in out
-    assert "strength 0:" in out and "strength 1:" in out
-    assert json_of(folder / "run.json")["steps"] == 3
+    assert f"before: {before['score']:.1%} (95 % interval" in out
+    assert f"   {after['score']:.1%} (95 % interval" in out
+    assert "all 40 answers are the same" in out and "always {" in out
+    assert f"steer_nb chat --steering {folder / 'run'}" in out
+    assert json_of(folder / "run/run.json")["steps"] == 3
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert not any(str(folder) in path.read_text() for path in folder.rglob("*.json"))
+    assert not any(str(folder) in path.read_text() for path in folder.rglob("*.json*"))
 
 
 SIZES = "--n-train", 48, "--n-test", 40, "--epochs", 1
 
 
 @pytest.fixture(scope="module")
-def demonstration(tiny, tmp_path_factory):
+def talker(tmp_path_factory):
+    "The folder of a small random model with SmolLM2's tokenizer."
+    folder = tmp_path_factory.mktemp("talker")
+    tokenizer = load_model("smollm2-135m")[1]
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    for part in (tokenizer, tiny_model("llama", **changes)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demonstration(talker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    model = "--model", tiny, "--task", "listops", "--lr", 0.01
-    return folder, check("demo", *model, *SIZES, "--output", folder)
+    return folder, check("demo", "--model", talker, "--lr", 0.01, *SIZES, "--output", folder)
 
 
 def test_the_demonstration(demonstration):
     check_demonstration(*demonstration)
+
+
+def test_the_files_of_the_demonstration(demonstration, tmp_path):
+    "Another seed has other training examples and the same test; there are not that many."
+    folder, _ = demonstration
+    write_files(tmp_path, 48, 40, seed=1)
+    same = [
+        (folder / "data" / name).read_text() == (tmp_path / name).read_text()
+        for name in ("train.jsonl", "test.jsonl")
+    ]
+    assert same == [False, True]
+    code, _, err = run("demo", "--n-test", 9999, "--output", tmp_path / "demo")
+    assert code == 1 and "sst2 has 346 test examples, 9999 were asked for" in err
 
 
 def test_an_output_folder_with_files_is_an_error(demonstration, tiny):
@@ -86,21 +115,24 @@ def test_an_output_folder_with_files_is_an_error(demonstration, tiny):
         assert code == 1 and "exists already" in err and out == ""
 
 
-def test_the_saved_steering_in_other_commands(demonstration, tiny, tmp_path):
+def test_the_data_of_the_demonstration_in_other_commands(demonstration, talker, tmp_path):
+    "The same training from a terminal has the same weights; they are evaluated and used."
     folder, _ = demonstration
-    model = "--model", tiny, "--steering", folder / "steering"
-    words = "evaluate", *model, "--task", "listops", "--n", 40, "--output", tmp_path / "again.json"
-    assert "saved in" in check(*words)
-    again, after = json_of(tmp_path / "again.json"), json_of(folder / "after.json")
-    assert again["predictions"] == after["predictions"]
+    again, data = tmp_path / "again", ("--model", talker, "--data", folder / "data")
+    check("train", *data, "--lr", 0.01, "--epochs", 1, "--output", again)
+    first, second = (one / "steering/steering.safetensors" for one in (folder / "run", again))
+    assert first.read_bytes() == second.read_bytes()
+    words = "evaluate", *data, "--steering", again, "--metric", "json"
+    words += "--output", tmp_path / "again.json"
+    assert "saved in" in check(*words) and json_of(tmp_path / "again.json")["n"] == 40
     code, _, err = run(*words)
     assert code == 1 and "exists already" in err
-    words = "generate", "[MAX 1 2 ] =", "--tokens", 6
-    plain = check(*words, "--model", tiny)
+    words = "generate", "Question: why?", "--tokens", 6, "--model", talker
     off, on = (
-        check(*words, *model, "--strength", strength).splitlines()[-1] for strength in (0, 50)
+        check(*words, "--steering", again, "--strength", strength).splitlines()[-1]
+        for strength in (0, 50)
     )
-    assert plain.strip() == off.strip() != on.strip()
+    assert check(*words).splitlines()[-1] == off != on
 
 
 @pytest.mark.slow
@@ -108,7 +140,7 @@ def test_the_demonstration_on_the_real_model(tmp_path):
     out = check("demo", *SIZES, "--output", tmp_path / "demo")
     check_demonstration(tmp_path / "demo", out)
     assert "276,480 parameters" in out
-    assert 1e6 < (tmp_path / "demo/steering/steering.safetensors").stat().st_size < 1.3e6
+    assert 1e6 < (tmp_path / "demo/run/steering/steering.safetensors").stat().st_size < 1.3e6
 
 
 # Training
@@ -313,8 +345,6 @@ def test_distill_errors(tiny, lora, tmp_path):
 
 @pytest.mark.slow
 def test_distill_the_real_model(tmp_path):
-    from steer_nb.data.models import load_model
-
     tuned = save_lora(
         load_model("smollm2-135m")[0], tmp_path / "lora", lora_alpha=8, layers_to_transform=[10, 20]
     )
