@@ -11,7 +11,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from .hub import steering_folder
 from torch import nn
 
 from .attach import check_steering_name
@@ -27,6 +26,7 @@ from steer_nb.core.files import (
     read_json,
     read_tensors,
 )
+from .hub import steering_folder
 from .sites import blocks
 from .steering import Steering, attach_steering, check_strength
 
