@@ -19,7 +19,7 @@ from steer_nb.methods.peft import lora_model
 from steer_nb.training.config import TrainConfig, TrainError, learning_rates
 from steer_nb.training.fit import fit
 from steer_nb.training.method import Group, Method
-from steer_nb.training.plan import plan_steps
+from steer_nb.training.plan import Plan
 
 UNSEEN = replace(toy, validation=())
 LENGTHS = [len(encode(tokenizer, example).input_ids) for example in toy.train]
@@ -67,7 +67,7 @@ def test_a_method_that_uses_everything_equals_a_loop_by_hand():
     record = fit(method, tokenizer, UNSEEN, config)
 
     model, losses, norms = tiny().double().train(), [], []
-    plan = plan_steps(LENGTHS, config)
+    plan = Plan(LENGTHS, config)
     rates = learning_rates(config, len(plan))
     assert len(plan) == 4
     for stage in range(2):

@@ -8,7 +8,7 @@ __all__ = ['SHARES', 'TaskError', 'Example', 'choice_example', 'content_digest',
 # %% ../../nbs/data/02_examples.ipynb #b1579476
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import SteerError
@@ -53,10 +53,26 @@ def choice_example(prompt: str, choices: Iterable[str], answer: int) -> Example:
     return Example(prompt, choices[answer], distinct, distinct.index(choices[answer]))
 
 # %% ../../nbs/data/02_examples.ipynb #56f3d77b
+def _json_texts(content: object) -> Iterator[str]:
+    "The JSON text of the content in pieces. An iterator is a list that need not fit into memory."
+    if not isinstance(content, Iterator):
+        yield json.dumps(content, sort_keys=True, ensure_ascii=False)
+        return
+    yield "["
+    for number, one in enumerate(content):
+        yield ", " if number else ""
+        yield from _json_texts(one)
+    yield "]"
+
+
 def content_digest(content: object) -> str:
-    "The sha256 of anything that JSON can represent, in hex: equal in every process and machine."
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """The sha256 of anything that JSON can represent, in hex: equal in every process and machine.
+
+    An iterator counts as the list of what it yields."""
+    digest = hashlib.sha256()
+    for text in _json_texts(content):
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 # %% ../../nbs/data/02_examples.ipynb #d6d16a57
 # The share of the hash values that each split gets; the sizes of splits are close to these.

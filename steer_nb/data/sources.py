@@ -7,8 +7,11 @@ __all__ = ['SPLITS', 'READERS', 'JsonLines', 'read_source']
 
 # %% ../../nbs/data/09_sources.ipynb #00000002
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import pandas as pd
@@ -22,24 +25,40 @@ READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow
 
 
 class JsonLines(Sequence):
-    "The objects in a file with one JSON object per line, each read when it is asked for."
+    """The objects in a file with one JSON object per line, each read when it is asked for.
+
+    Raises `TaskError`, naming the row, for a line that is something else."""
 
     def __init__(self, path: Path):
-        self.path, self.starts, position = path, [], 0
+        self.path, self.starts, names, position = path, array("q"), {}, 0
         with open(path, "rb") as file:
             for line in file:
                 if line.strip():
+                    names |= dict.fromkeys(self.row(line, len(self.starts)))
                     self.starts.append(position)
                 position += len(line)
-        self.file = open(path, "rb")  # noqa: SIM115 - open as long as the rows are
+        self.column_names = list(names)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, number: int) -> dict:
-        self.file.seek(self.starts[number])
+        start = self.starts[number]
+        self.file.seek(start)
+        return self.row(self.file.readline(), number)
+
+    @cached_property
+    def file(self) -> BinaryIO:
+        "The file, open as long as the rows are."
+        return open(self.path, "rb")
+
+    def __getstate__(self) -> dict:  # a copy, in another process too, opens the file itself
+        return {name: value for name, value in vars(self).items() if name != "file"}
+
+    def row(self, line: bytes, number: int) -> dict:
+        "The object in a line."
         try:
-            row = json.loads(self.file.readline())
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{self.path}, row {number + 1}: not JSON ({error})") from error
         if not isinstance(row, dict):
@@ -99,7 +118,7 @@ def read_source(source: object) -> dict[str, Sequence[Mapping]]:
         except Exception as error:  # datasets raises errors of many kinds
             reason = (str(error) or repr(error)).splitlines()[0]
             raise TaskError(f"cannot read data from {str(source)!r}: {reason}") from error
-    if isinstance(source, (Sequence, datasets.Dataset)):
+    if isinstance(source, datasets.Dataset):
         return {"train": source}
     if isinstance(source, Iterable):
         return {"train": list(source)}

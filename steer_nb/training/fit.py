@@ -6,15 +6,13 @@
 __all__ = ['run_identity', 'fit']
 
 # %% ../../nbs/training/09_fit.ipynb #71c11ca3
-import json
 import os
 import shutil
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -27,7 +25,8 @@ from ..core.base_model import describe_base, sample_weights
 from ..core.errors import SteeringError, check_number
 from ..core.quantized import count_parameters, is_quantized, make_differentiable
 from ..core.steering import steerings
-from ..data.encoding import Encoded
+from ..data.encoding import EncodedSplit
+from ..data.examples import content_digest
 from ..data.records import Task
 from steer_nb.training.checkpoints import (
     Checkpoint,
@@ -49,7 +48,7 @@ from steer_nb.training.config import (
 )
 from .distributed import full_state, join_processes, wants_sharding
 from .method import Method, as_method, encode_split, trainable_parameters
-from .plan import plan_steps, validation_indices
+from .plan import Plan, validation_indices
 from steer_nb.training.run import (
     Run,
     device_name,
@@ -63,11 +62,10 @@ from .trainer import Trainer, training_mode, with_prefix
 
 # %% ../../nbs/training/09_fit.ipynb #71e5d923
 def run_identity(
-    method: Method, task: Task, splits: Mapping[str, Sequence[Encoded]], config: TrainConfig
+    method: Method, task: Task, splits: Mapping[str, EncodedSplit], config: TrainConfig
 ) -> dict:
     "A description of a training, as JSON types: only one with an equal description is resumed."
     model = method.model
-    tokens = [[split, one.input_ids, one.labels] for split, own in splits.items() for one in own]
     frozen = [
         (name, parameter)
         for name, parameter in model.named_parameters()
@@ -80,17 +78,13 @@ def run_identity(
         "method": method.name,
         "options": dict(method.options),
         "task": task.name,
-        "examples": _digest(tokens),
+        "examples": content_digest({split: own.digest for split, own in splits.items()})[:16],
         "steerings": {name: asdict(steering.config) for name, steering in steerings(model).items()},
         "trained": {name: list(p.shape) for name, p in trainable_parameters(model).items()},
-        "frozen weights": _digest(
+        "frozen weights": content_digest(
             [[name, sample_weights(parameter)] for name, parameter in sample]
-        ),
+        )[:16],
     }
-
-
-def _digest(content) -> str:
-    return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _unfinished(
@@ -201,12 +195,9 @@ def fit(
     }
     if not splits["train"]:
         raise TrainError(f"{task.name} has no training examples: load it with n_train=1 or more")
-    lengths = {split: [len(one.input_ids) for one in own] for split, own in splits.items()}
-    plan = plan_steps(lengths["train"], config)
-    used = validation_indices(
-        lengths["validation"], lengths["train"], plan, config.validation_share
-    )
-    splits["validation"] = [splits["validation"][index] for index in used]
+    plan = Plan(splits["train"].lengths, config)
+    used = validation_indices(splits["validation"].lengths, plan, config.validation_share)
+    splits["validation"] = splits["validation"].take(used)
 
     join_processes()
     accelerator = _accelerator(config, folder)

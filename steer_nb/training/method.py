@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..core.files import free_folder
 from ..core.model_state import context_length
 from ..core.quantized import count_parameters
 from ..core.tables import markdown_table
-from ..data.encoding import Encoded, encode
+from ..data.encoding import EncodedSplit, encode, encode_examples
 from ..data.records import Task
 from .config import TrainConfig, TrainError, learning_rates
 from .saving import restore_trained, save_trained
@@ -174,16 +175,16 @@ def encode_split(
     task: Task,
     split: str,
     end_token: bool | None = True,  # `TrainConfig.end_token`
-) -> list[Encoded]:
+) -> EncodedSplit:
     "The examples of a split as tokens. Raises `TaskError`, naming the example, if one is too long."
     known, length = ENCODED.setdefault(tokenizer, {}), context_length(model)
+    examples = getattr(task, split)
+    one = partial(encode, tokenizer, chat=task.chat, max_length=length, end_token=end_token)
     settings = (tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
     key = (task.fingerprint, split, task.chat, length, end_token, *settings)
     if key not in known:
         if len(known) > 8:
             known.clear()
-        examples = getattr(task, split)
-        known[key] = [
-            encode(tokenizer, example, task.chat, length, end_token) for example in examples
-        ]
-    return known[key]
+        # Neither the tokenizer, which could never be deleted, nor the source of the examples.
+        known[key] = replace(encode_examples(one, examples), encode=None, examples=())
+    return replace(known[key], encode=one, examples=examples)

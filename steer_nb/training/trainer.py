@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..core.model_state import evaluating
-from ..data.encoding import Encoded, collate, length_grouped_batches
+from ..data.encoding import EncodedSplit, collate, length_grouped_batches
 from .checkpoints import Checkpointer, Stop
 from .config import TrainConfig, TrainError
 from steer_nb.training.distributed import (
@@ -96,7 +97,7 @@ class Trainer:
         self,
         method: Method,
         tokenizer,
-        splits: Mapping[str, Sequence[Encoded]],  # "train" and "validation"
+        splits: Mapping[str, EncodedSplit],  # "train" and "validation"
         plan: Sequence[Step],
         config: TrainConfig,
         accelerator: Accelerator,
@@ -169,7 +170,7 @@ class Trainer:
         try:
             if progress.step == 0:
                 self.validate(0)
-            for step in self.plan[progress.step :]:
+            for step in islice(self.plan, progress.step, None):
                 started = time.perf_counter()
                 self.update(step)
                 progress.seconds["training"] += time.perf_counter() - started
@@ -179,7 +180,9 @@ class Trainer:
                 progress.step = step.number
                 bar.update()
                 # A signal to one process stops all; the first decides if a checkpoint is due.
-                due = checkpointer is not None and (checkpointer.due() or step is self.plan[-1])
+                due = checkpointer is not None and (
+                    checkpointer.due() or step.number == len(self.plan)
+                )
                 reports = gather_object([(stop.signal, due)])
                 signals = [name for name, _ in reports if name]
                 if checkpointer is not None and (signals or reports[0][1]):
@@ -280,7 +283,7 @@ class Trainer:
 
     def count_tokens(self, split: str, indices: Sequence[int]) -> int:
         "The number of labelled tokens of these examples."
-        return sum(self.splits[split][index].count for index in indices)
+        return int(self.splits[split].counts[indices].sum())
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
@@ -289,11 +292,9 @@ class Trainer:
         if not examples:
             return
         model = self.method.model.eval()
-        lengths = [len(one.input_ids) for one in examples]
-        batches = length_grouped_batches(lengths, self.config.batch_size)
-        total = sum(float(self.loss(model, "validation", indices)) for indices in batches)
-        tokens = self.count_tokens("validation", range(len(examples)))
-        loss = sum(gather_object([total])) / tokens
+        batches = length_grouped_batches(examples.lengths, self.config.batch_size)
+        total = sum(float(self.loss(model, "validation", batch.tolist())) for batch in batches)
+        loss = sum(gather_object([total])) / int(examples.counts.sum())
         if not math.isfinite(loss):
             raise self.not_finite(step, "validation loss", loss)
         if all(loss < point["loss"] for point in progress.validation):
