@@ -9,6 +9,7 @@ __all__ = ['ORDER', 'app', 'ModelName', 'TaskName', 'DataSource', 'Columns', 'Ch
            'find_steering', 'load_examples', 'read_whole', 'load_steered', 'write_answer']
 
 # %% ../../nbs/cli/00_app.ipynb #00000002
+import logging
 import os
 import warnings
 from collections.abc import Iterable
@@ -84,6 +85,8 @@ def options(
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log file
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # warnings of an import, about kernels
 
 
 def one_line_warnings() -> None:

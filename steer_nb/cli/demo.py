@@ -29,7 +29,7 @@ def demo(
     ] = 256,
     n_test: Annotated[int, typer.Option(min=4, help="Number of test examples.")] = 150,
     lr: LearningRate = 2e-3,
-    epochs: Epochs = 2,
+    epochs: Epochs = 1,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ):
@@ -51,7 +51,7 @@ def demo(
     typer.echo(_indented((data / "train.jsonl").read_text(encoding="utf-8").splitlines()[0]))
     loaded, tokenizer = load_model(model)
     task = load_records(
-        str(data), name="reviews", tokenizer=tokenizer, metric=same_object, max_new_tokens=48
+        str(data), name="reviews", tokenizer=tokenizer, metric=same_object, max_new_tokens=32
     )
     before = evaluate(loaded, tokenizer, task, batch_size=50)
     typer.echo(f"2. before: {_scores(before)}")
@@ -63,7 +63,9 @@ def demo(
         raise KeyboardInterrupt
     after = evaluate(loaded, tokenizer, task, batch_size=50)
     seconds = f"{run.seconds['training']:.0f} seconds"
-    typer.echo(f"4. after {epochs} passes over {len(task.train)} examples in {seconds}:")
+    typer.echo(
+        f"4. after {epochs} pass{'es' * (epochs > 1)} over {len(task.train)} examples in {seconds}:"
+    )
     typer.echo(f"   {_scores(after)}\n   {_constant(task)}")
     for name, result in (("before", before), ("after", after)):
         result.save(output / f"{name}.json", overwrite=overwrite)

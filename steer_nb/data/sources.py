@@ -9,9 +9,7 @@ __all__ = ['SPLITS', 'READERS', 'JsonLines', 'read_source']
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import datasets
 import pandas as pd
@@ -44,16 +42,9 @@ class JsonLines(Sequence):
 
     def __getitem__(self, number: int) -> dict:
         start = self.starts[number]
-        self.file.seek(start)
-        return self.row(self.file.readline(), number)
-
-    @cached_property
-    def file(self) -> BinaryIO:
-        "The file, open as long as the rows are."
-        return open(self.path, "rb")
-
-    def __getstate__(self) -> dict:  # a copy, in another process too, opens the file itself
-        return {name: value for name, value in vars(self).items() if name != "file"}
+        with open(self.path, "rb") as file:  # its own position, in every thread and process
+            file.seek(start)
+            return self.row(file.readline(), number)
 
     def row(self, line: bytes, number: int) -> dict:
         "The object in a line."
