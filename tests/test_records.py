@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from steer_nb.core.steering import steer
 from steer_nb.data.chat import apply_template, encode_conversation
 from steer_nb.data.encoding import encode_prompt
+from steer_nb.data.examples import TaskError
 from steer_nb.data.models import load_model
 from steer_nb.data.records import load_records
 from steer_nb.evaluation.generation import generate_answers
 from steer_nb.evaluation.result import evaluate
 from steer_nb.experiments.grid import run_grid
 from steer_nb.experiments.jobs import Arm, Experiment
-from steer_nb.experiments.store import Store
+from steer_nb.experiments.store import ExperimentError, Store
 from steer_nb.experiments.testbed import load_testbed
 from steer_nb.methods.registry import apply_method
 from steer_nb.testing.tiny_models import tiny_model
@@ -285,6 +286,29 @@ def test_a_grid_on_own_data(sums, tmp_path):
     tests = [one for one in records if one["kind"] == "test" and one["status"] == "done"]
     fingerprint = load_records(sums, columns=columns).fingerprint
     assert {one["task"] for one in tests} == {fingerprint}  # the same split with both seeds
+
+
+def test_a_grid_needs_a_metric_by_name(sums, tmp_path):
+    task = {"records": str(sums), "columns": {"prompt": "request", "completion": "reply"}}
+    arms = {"lora": Arm("lora", (1e-2,), {"rank": 2})}
+    own = {"sums": {**task, "metric": lambda prediction, reference: 1.0}}
+    experiment = Experiment(
+        "own", models=("tiny-llama",), tasks=own, arms=arms, seeds=(0,), training={"max_steps": 2}
+    )
+    with pytest.raises(ExperimentError, match="stored as JSON .* a metric by its name"):
+        run_grid(experiment, tmp_path)
+
+
+def test_an_error_in_training_names_the_row(tmp_path):
+    rows = [{"prompt": f"say {n}", "completion": "yes"} for n in range(20)]
+    rows[11]["completion"] = "yes " * 4000
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_records({"train": tmp_path / "own.jsonl"})  # without a tokenizer: not measured
+    model = tiny_model("llama")
+    steer(model)
+    tokenizer = word_tokenizer(["say", "yes", *map(str, range(20))])
+    with pytest.raises(TaskError, match=r"\(row 12 of the data\) has \d+ tokens"):
+        fit(model, tokenizer, task)
 
 
 def test_chat_and_standard_input(sums, tmp_path, smollm_tokenizer):

@@ -293,6 +293,21 @@ def test_tensorboard_has_every_step(tmp_path):
         assert written == pytest.approx(of_step, rel=1e-6)  # TensorBoard keeps float32
 
 
+def test_a_tracker_is_finished_when_a_training_fails(tmp_path, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    finished, finish = [], TensorBoardTracker.finish
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda one: finished.append(finish(one)))
+
+    def fail(point):
+        raise RuntimeError("no more")
+
+    config = TrainConfig(lr=1e-2, batch_size=8, log_with="tensorboard")
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(tiny(), tokenizer, toy, config, output=tmp_path / "run", on_step=fail)
+    assert finished == [None]
+
+
 def test_a_tracker_that_is_not_installed(tmp_path):
     with pytest.raises(TrainError, match="mlflow is not installed"):
         fit(tiny(), tokenizer, toy, TrainConfig(log_with="mlflow"), output=tmp_path / "run")

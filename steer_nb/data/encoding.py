@@ -65,7 +65,7 @@ def encode_prompt(
         return tokenizer(text, add_special_tokens=False).input_ids
     if example.messages and not example.prompt:
         apply_template(tokenizer, example.messages)  # raises: there is no template
-        raise TaskError(f"example {example.id!r} is a conversation: its task must have chat=True")
+        raise TaskError(f"{example.where} is a conversation: its task must have chat=True")
     ids = tokenizer(example.prompt).input_ids
     # Some tokenizers end every text with an end-of-sequence token, and a prompt does not end.
     ends = ids and ids[-1] == tokenizer.eos_token_id and (len(ids) > 1 or not example.prompt)
@@ -87,7 +87,7 @@ def _fitting(example: Example, encoded: Encoded, max_length: int | None) -> Enco
     length = len(encoded.input_ids)
     if max_length is not None and length > max_length:
         raise TaskError(
-            f"example {example.id!r} has {length} tokens, the limit is {max_length}: "
+            f"{example.where} has {length} tokens, the limit is {max_length}: "
             "leave it out, or use a model with a longer context (nothing is cut off)"
         )
     return encoded
@@ -100,7 +100,7 @@ def _encode(
     prompt = encode_prompt(tokenizer, example, chat)
     if not prompt and example.prompt:
         raise TaskError(
-            f"example {example.id!r} has a prompt without a token; write one, or begin it with a "
+            f"{example.where} has a prompt without a token; write one, or begin it with a "
             "special token"
         )
     encoded = []
@@ -108,9 +108,7 @@ def _encode(
         text = completion.lstrip() if _uses_chat(tokenizer, chat) else completion
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if not ids:
-            raise TaskError(
-                f"example {example.id!r} has a completion without a token: {completion!r}"
-            )
+            raise TaskError(f"{example.where} has a completion without a token: {completion!r}")
         if end:
             ids = ids + [end_of_answer(tokenizer)]
         encoded.append(Encoded(prompt + ids, max(1, len(prompt))))
@@ -148,7 +146,7 @@ def encode_choices(
 
     Raises `TaskError` as `encode`, and for an example without choices."""
     if not example.choices:
-        raise TaskError(f"example {example.id!r} has no choices: it is answered by generation")
+        raise TaskError(f"{example.where} has no choices: it is answered by generation")
     encoded = _encode(tokenizer, example, example.choices, chat, end=False)
     return [_fitting(example, one, max_length) for one in encoded]
 

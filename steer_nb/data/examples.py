@@ -9,7 +9,7 @@ __all__ = ['SHARES', 'TaskError', 'Example', 'choice_example', 'content_digest',
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.errors import SteerError
 
@@ -29,19 +29,26 @@ class Example:
     id: str = ""  # unique within its task, the same in every session
     messages: tuple[dict, ...] = ()  # with a chat template, instead of prompt and completion
     read_only: int = 0  # the assistant's turns among the first so many messages are not trained
+    row: int | None = field(default=None, compare=False)  # in the user's data, counted from 1
+
+    @property
+    def where(self) -> str:
+        "What messages call it."
+        row = "" if self.row is None else f" (row {self.row} of the data)"
+        return f"example {self.id!r}{row}"
 
     def __post_init__(self):
         if not self.choices:
             if not isinstance(self.answer, str):
                 raise TaskError(
-                    f"example {self.id!r} has no choices, so its answer must be a string, "
+                    f"{self.where} has no choices, so its answer must be a string, "
                     f"not {self.answer!r}"
                 )
             return
         known = self.answer in range(len(self.choices))
         if not known or self.completion != self.choices[self.answer]:
             raise TaskError(
-                f"example {self.id!r}: answer {self.answer!r} and completion "
+                f"{self.where}: answer {self.answer!r} and completion "
                 f"{self.completion!r} do not name one of the choices {self.choices}"
             )
 

@@ -87,7 +87,8 @@ class Task:
         later = {"messages", "read_only"}  # left out where they are empty: older digests stay valid
 
         def content(one: Example) -> dict:
-            return {key: value for key, value in vars(one).items() if value or key not in later}
+            values = {key: value for key, value in vars(one).items() if key != "row"}
+            return {key: value for key, value in values.items() if value or key not in later}
 
         splits = (map(content, split) for split in (self.train, self.validation, self.test))
         return content_digest(iter([self.metric, self.chat, splits]))[:16]

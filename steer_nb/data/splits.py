@@ -79,7 +79,7 @@ class RowExamples(Sequence):
                 f"row {row + 1} of the data has changed since load_records read it: leave the "
                 "data as they are while the task is used, or load them again"
             )
-        return replace(example, id=f"{facts['id']:016x}")
+        return replace(example, id=f"{facts['id']:016x}", row=row + 1)
 
     def __repr__(self) -> str:
         return f"<{len(self)} examples of the form {self.form.name!r}>"

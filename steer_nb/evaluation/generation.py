@@ -115,7 +115,7 @@ def generate_answers(
     for example, length in zip(examples, lengths, strict=True):
         if limit is not None and length + max_new_tokens > limit:
             raise EvaluateError(
-                f"example {example.id!r} has a prompt of {length} tokens; with {max_new_tokens} "
+                f"{example.where} has a prompt of {length} tokens; with {max_new_tokens} "
                 f"new ones that is more than the model's context of {limit}: leave the example "
                 "out, or ask for fewer new tokens"
             )

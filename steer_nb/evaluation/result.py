@@ -167,7 +167,7 @@ def _examples(task: Task, split: str) -> Sequence[Example]:
     for example in examples:
         if task.metric == "choice" and len(example.choices) < 2:
             raise EvaluateError(
-                f"example {example.id!r} of {task.name} has one choice, {example.choices[0]!r}: "
+                f"{example.where} of {task.name} has one choice, {example.choices[0]!r}: "
                 "it cannot be wrong, so leave it out"
             )
     return examples
@@ -191,7 +191,7 @@ def _text_record(task: Task, example: Example, text: str) -> dict:
     "The record of an answer that was generated. Raises `EvaluateError` if it has no score."
     score = task.score(text, example.answer)
     if not math.isfinite(score):
-        raise EvaluateError(f"the metric {task.metric!r} is {score} for example {example.id!r}")
+        raise EvaluateError(f"the metric {task.metric!r} is {score} for {example.where}")
     return {
         "id": example.id,
         "prediction": task.extract(text),

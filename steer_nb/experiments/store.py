@@ -27,8 +27,16 @@ class ExperimentError(SteerError):
 
 
 def canonical_json(content: object) -> str:
-    "JSON with sorted keys: the same text for the same content."
-    return json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    """JSON with sorted keys: the same text for the same content.
+
+    Raises `ExperimentError` for what JSON does not have."""
+    try:
+        return json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(
+            f"the options of a run are stored as JSON ({error}): use numbers, text and lists of "
+            "them, and a metric by its name"
+        ) from error
 
 
 # What every run of a grid does unless its experiment says otherwise: validation on all examples,

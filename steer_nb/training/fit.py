@@ -11,7 +11,8 @@ import shutil
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -135,6 +136,16 @@ def _accelerator(config: TrainConfig, folder: Path | None) -> Accelerator:
     return accelerator
 
 
+@contextmanager
+def _tracked(accelerator: Accelerator) -> Iterator[None]:
+    "Finish the trackers when the block ends, after an error too."
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
 def _reporter(
     accelerator: Accelerator, on_step: Callable[[dict], None] | None, before: int
 ) -> Callable[[dict], None]:
@@ -179,7 +190,7 @@ def fit(
     folder that all of them see.
 
     `on_step` gets what `Run.curve` has of a step, and `validation_loss` where there is one; so does
-    the tracker `config.log_with`, which writes to `logs/` in the folder, or here without one.
+    the tracker `config.log_with` (TensorBoard writes to `logs/` in the folder, or here without one).
 
     Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
     folder has files or an unfinished training that differs, or if another process trains there;
@@ -206,7 +217,7 @@ def fit(
     if wants_sharding(accelerator):  # later, the weights cannot be read in one process
         vars(method.model).setdefault("_steer_nb_base", describe_base(method.model))
 
-    with only_training(folder if accelerator.is_main_process else None):
+    with only_training(folder if accelerator.is_main_process else None), _tracked(accelerator):
         check_output(output, overwrite)  # another process may have written results meanwhile
         checkpointer, found = None, None
         if folder is not None:
@@ -247,8 +258,6 @@ def fit(
                 if stopped:
                     break
 
-        for tracker in accelerator.trackers:
-            tracker.finish()
         run = _record(trainer, task, dict(seconds), resumed, stopped)
         if folder is not None and stopped is None and accelerator.is_main_process:
             _write_output(run, method, folder, with_prefix(trained, "parameter."))
