@@ -190,7 +190,7 @@ def fit(
     folder that all of them see.
 
     `on_step` gets what `Run.curve` has of a step, and `validation_loss` where there is one; so does
-    the tracker `config.log_with` (TensorBoard writes to `logs/` in the folder, or here without one).
+    the tracker `config.log_with`. TensorBoard writes to `logs/` in the folder, or here without one.
 
     Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
     folder has files or an unfinished training that differs, or if another process trains there;
