@@ -470,7 +470,7 @@ def bad_values():
     for field, values in {
         "name": [1, None],
         "hidden_size": [True, 33, "32"],
-        "vocabulary": [True, 101, "100", None],
+        "vocabulary": [True, 101, 0, -100, "100", None],
         "note": [1, None],
         "layers": [True, 2.0],
         "model_type": ["mamba", None],

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import fake_hub
 import pytest
@@ -180,6 +181,21 @@ def test_other_tools_find_the_base_model(hub, tmp_path):
     assert any(line.endswith("model.safetensors") for line in hub.asked)
 
 
+def test_texts_from_outside_do_not_break_the_card(tmp_path, monkeypatch):
+    from steer_nb import evaluate
+    from steer_nb.testing.toy_task import toy_task, toy_tokenizer
+
+    model, task = tiny_model("llama"), toy_task()
+    tiny_model("llama").save_pretrained(tmp_path / "secret" / "base")
+    monkeypatch.chdir(tmp_path)
+    model.config._name_or_path = "secret/base"  # a folder, and not the Hub id that it looks like
+    result = evaluate(model, toy_tokenizer(), task)
+    result = replace(result, task="a|b\n---\nc", note="x\n# A title")
+    card = steer(model).model_card("me/x", results=result)
+    assert card.data.base_model is None and "secret" not in str(card)
+    assert "| a\\|b --- c |" in card.text and "Data: x # A title." in card.text
+
+
 def test_a_pinned_model_has_its_hub_name_and_a_note(tmp_path):
     model, _ = load_model("smollm2-135m", device="cpu")
     steer(model).save(tmp_path)
@@ -188,7 +204,7 @@ def test_a_pinned_model_has_its_hub_name_and_a_note(tmp_path):
     assert base["note"] == "weights dequantized from SmolLM2-135M-Instruct.Q4_1.gguf"
     with torch.no_grad():  # as on the Hub, where the weights have more bits
         model.model.embed_tokens.weight.mul_(1.05)
-    with pytest.raises(SteerError, match=r"Instruct' \(weights dequantized from SmolLM2.*gguf\)"):
+    with pytest.raises(SteerError, match=r"Instruct' \('weights dequantized from SmolLM2.*gguf'\)"):
         load_steering(model, tmp_path, name="again")
 
 

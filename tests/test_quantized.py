@@ -1,6 +1,7 @@
 """Bases in half precision and quantized: int8 and int4 of torchao, nf4 of bitsandbytes, and layers
 that keep their codes in buffers, as GPTQ and AWQ do."""
 
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from steer_nb import (
     SITES,
+    Run,
     SteerError,
     SteeringConfig,
     TrainConfig,
@@ -215,6 +217,46 @@ def test_sizes_are_those_of_the_model(base, folder):
     assert steer(model).share == steer(plain).share
 
 
+@pytest.mark.parametrize("name", ["zamba2", "moshi", "gpt2", "mamba"])
+def test_no_layer_of_a_float_model_is_quantized(name):
+    model = tiny_model(name)
+    assert not quantized_layers(model) and count_parameters(model) == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    "name, quantization, message",
+    [
+        ("gpt2", "int8", "changed no layer of GPT2LMHeadModel"),
+        ("mamba", "int8", "MambaForCausalLM does not run with quantization='int8'"),
+        ("mamba", "int4", "cannot load a model from"),
+    ],
+)
+def test_models_that_cannot_be_quantized(name, quantization, message, tmp_path):
+    tiny_model(name).save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SteerError, match=message):
+        load_model(tmp_path, device="cpu", quantization=quantization)
+
+
+def test_a_training_resumes_on_the_same_weights_only(folder, tmp_path):
+    def stop(point):
+        if point["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    def train(base, **options):
+        model = load(folder, base, None)
+        steer(model)
+        config = TrainConfig(max_steps=4)
+        return fit(model, toy_tokenizer(), toy_task(), config, output=tmp_path / "run", **options)
+
+    assert train("int8", on_step=stop).stopped == "SIGTERM"
+    with pytest.raises(SteerError, match="weights"):
+        train("nf4")
+    run = train("int8")
+    assert run.resumed == [2] and run.weights == "bfloat16, Int8Tensor"
+    assert Run.load(tmp_path / "run" / "run.json").weights == run.weights
+
+
 def test_dtypes_by_name(folder, tmp_path):
     tiny_model("llama").to(torch.float16).save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
@@ -223,8 +265,8 @@ def test_dtypes_by_name(folder, tmp_path):
     assert load_model(tmp_path, "bfloat16", device="cpu")[0].dtype == torch.bfloat16
     assert load(folder, "nf4", None).dtype == torch.bfloat16
     assert load(folder, "int8", "auto").dtype == torch.float32
-    for wrong in ("int8", "nothing", torch.int8, "nn"):
-        with pytest.raises(SteerError, match="no dtype .* for weights"):
+    for wrong in ("int8", "nothing", torch.int8, "nn", "float8_e4m3fn"):
+        with pytest.raises(SteerError, match="no dtype"):
             load_model(tmp_path, wrong)
 
 

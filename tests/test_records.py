@@ -197,6 +197,33 @@ def test_numbers_and_text_in_one_column(tmp_path):
     assert sorted(one.answer for one in examples) == ["4", "four"]
 
 
+def test_a_table_is_read_as_it_is_written(tmp_path):
+    path = tmp_path / "TABLE.CSV"
+    rows = "".join(f"p{n},0{n}\n" for n in range(20))
+    path.write_text(f'prompt,completion\n{rows}p20,\n"a, b","1\n2"\n')
+    with pytest.warns(UserWarning, match="completion is missing"):
+        task = load_records(path)
+    answers = {one.prompt: one.completion for one in (*task.train, *task.validation, *task.test)}
+    assert answers == {**{f"p{n}": f"0{n}" for n in range(20)}, "a, b": "1\n2"}
+
+
+def test_a_relative_path_and_a_byte_order_mark(tmp_path, monkeypatch):
+    rows = [{"prompt": f"p{n}", "completion": str(n)} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.json").write_text(" \n" + json.dumps(rows), encoding="utf-8-sig")
+    monkeypatch.chdir(tmp_path)
+    first, second = load_records("a.jsonl"), load_records("b.json")
+    monkeypatch.chdir("/")
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_text_that_no_cut_makes_short_enough(smollm_tokenizer):
+    rows = [{"text": f"{n} two three"} for n in range(3)]
+    limits = dict(tokenizer=smollm_tokenizer, max_length=1)
+    with pytest.raises(TaskError, match="more than 1 token"):
+        load_records(rows, **limits)
+
+
 def test_a_method_on_own_data():
     method = apply_method(tiny_model("llama"), "lora", rank=2)
     run = fit(method, TALKING, load_records(FORMS["messages"]), TrainConfig(lr=1e-2, epochs=4))

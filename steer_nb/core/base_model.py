@@ -58,7 +58,7 @@ def describe_base(model: nn.Module, vocabulary: int | None = None) -> dict:
         return model._steer_nb_base
     name = str(getattr(model.config, "_name_or_path", "") or "")
     return {
-        "name": Path(name).name if os.path.isabs(name) else name,  # no path of this machine
+        "name": Path(name).name if os.path.isdir(name) else name,  # no path of this machine
         "model_type": model.config.get_text_config(decoder=True).model_type,
         "hidden_size": hidden_size(model),
         "layers": len(blocks(model)),
@@ -105,12 +105,12 @@ def check_base_model(folder: Path, expected: dict, model: nn.Module) -> None:
     "Raise `SteeringError` if the model is not the one that the steering in `folder` was made for."
     try:
         differences = _differences(describe_base(model, expected.get("vocabulary")), expected)
-    except (TypeError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, LookupError) as error:
         where = f"{folder / CONFIG_FILE}: the description of the base model"
         raise SteeringError(f"{where} is damaged") from error
     if differences:
-        name = repr(expected["name"] or expected["model_type"])
-        note = f" ({expected['note']})" if expected.get("note") else ""
+        name = repr((expected["name"] or expected["model_type"])[:200])
+        note = f" ({expected['note'][:200]!r})" if expected.get("note") else ""
         raise SteeringError(
             f"{folder} was made for another model, {name}{note}: here {'; '.join(differences)}. "
             "If it is meant for this one too, pass check_base=False"

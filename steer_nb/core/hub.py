@@ -8,7 +8,7 @@ __all__ = ['model_card', 'push_folder', 'steering_folder']
 # %% ../../nbs/core/13_hub.ipynb #00000002
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
@@ -21,6 +21,14 @@ from .tables import markdown_table
 # %% ../../nbs/core/13_hub.ipynb #00000004
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 _CARD_FILE = "README.md"
+
+
+def _table(rows: Iterable[Mapping]) -> str:
+    "A Markdown table whose cells are one line each."
+    cells = [{key: " ".join(str(row[key]).split()) for key in row} for row in rows]
+    return markdown_table(
+        [{key: cell.replace("|", "\\|") for key, cell in row.items()} for row in cells]
+    )
 
 
 def _score(result) -> str:
@@ -52,8 +60,10 @@ def _training_rows(run) -> list[dict]:
         "examples": f"{run.examples['train']:,} for training, {run.examples['validation']:,} "
         "for validation",
         "trained parameters": f"{run.trainable:,} of {run.parameters:,} ({run.share:.3%})",
-        "steps": f"{run.steps:,} of {config.batch_size} examples, in {config.epochs} epochs",
+        "steps": f"{run.steps:,} of {config.batch_size * config.accumulation_steps} examples",
+        "epochs": run.curve[-1]["epoch"] + 1 if run.curve else 0,
         "learning rate": config.lr,
+        "base weights": run.weights,
         "precision": run.precision,
         "seed": config.seed,
         "device": run.device,
@@ -62,6 +72,8 @@ def _training_rows(run) -> list[dict]:
     if run.validation:
         first, best = run.validation[0]["loss"], run.best_loss
         rows["validation loss"] = f"{first:.3f} before, {best:.3f} after (nats per token)"
+    if run.stopped is not None:
+        rows["stopped"] = f"by {run.stopped}, after {run.steps:,} of {run.planned:,} steps"
     return [{"": name, "value": value} for name, value in rows.items()]
 
 
@@ -95,13 +107,13 @@ def model_card(
         f"A steering for {of}: a small learned shift of its activations, made with steer_nb.",
         "## Use",
         "```python\nfrom steer_nb import load_model, load_steering\n\n"
-        f"model, tokenizer = load_model({load_as!r})\n"
+        f"model, tokenizer = load_model({load_as or 'the base model'!r})\n"
         f"steering = load_steering(model, {repo!r})\n```",
         "## Steering",
-        markdown_table(options),
+        _table(options),
     ]
     if run is not None:
-        parts += ["## Training", markdown_table(_training_rows(run))]
+        parts += ["## Training", _table(_training_rows(run))]
     if results:
         rows = [
             {
@@ -114,8 +126,8 @@ def model_card(
             }
             for shown, result in results.items()
         ]
-        parts += ["## Results", markdown_table(rows)]
-        notes = {result.note for result in results.values() if result.note}
+        parts += ["## Results", _table(rows)]
+        notes = {" ".join(result.note.split()) for result in results.values() if result.note}
         parts += [f"Data: {text}." for text in sorted(notes)]
     return ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(parts) + "\n")
 

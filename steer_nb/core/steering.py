@@ -7,7 +7,7 @@ __all__ = ['check_strength', 'Steering', 'steerings', 'save_steerings', 'attach_
 
 # %% ../../nbs/core/14_steering.ipynb #00000002
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -137,7 +137,7 @@ class Steering:
         base = describe_base(self.model)
         described = {key: value for key, value in asdict(self.config).items() if value is not None}
         described["parameters"] = f"{self.num_parameters:,} ({self.share:.2%} of the base model)"
-        if results is not None and not isinstance(results, Mapping):
+        if hasattr(results, "score"):
             results = {"steered": results}
         load_as = getattr(self.model, "_steer_nb_short_name", base["name"])
         return model_card(repo, base, load_as, described, run, results, license)

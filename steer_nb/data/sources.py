@@ -28,7 +28,7 @@ class JsonLines(Sequence):
     Raises `TaskError`, naming the row, for a line that is something else."""
 
     def __init__(self, path: Path):
-        self.path, self.starts, names, position = path, array("q"), {}, 0
+        self.path, self.starts, names, position = path.absolute(), array("q"), {}, 0
         with open(path, "rb") as file:
             for line in file:
                 if line.strip():
@@ -59,23 +59,27 @@ class JsonLines(Sequence):
 
 def _read_file(path: Path) -> Sequence[Mapping]:
     "The rows of a file."
-    suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-    if path.suffix in (".jsonl", ".ndjson"):
+    ends = [ending.lower() for ending in path.suffixes[-2:]]
+    suffix = ends[0] if ends[-1:] == [".gz"] else "".join(ends[-1:])
+    if ends[-1:] in ([".jsonl"], [".ndjson"]):
         return JsonLines(path)
-    if path.suffix == ".json":
-        with open(path, encoding="utf-8") as file:
-            first = file.read(1)
-        if first == "{":
+    if ends[-1:] == [".json"]:
+        with open(path, encoding="utf-8-sig") as file:  # some editors write a byte order mark
+            text = file.read(64).lstrip()
+        if text.startswith("{"):
             return JsonLines(path)
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
             return rows
         raise TaskError(f"{path} is not a list of JSON objects")
-    if suffix not in (*READERS, ".json", ".jsonl"):
+    if suffix not in (*READERS, ".json", ".jsonl", ".ndjson"):
         raise TaskError(
             f"{path} is of an unknown kind: data is .jsonl, .json, {', '.join(READERS)}"
         )
     options = {"sep": "\t"} if suffix == ".tsv" else {}
+    if suffix in (".csv", ".tsv"):  # each cell as it is written: 007 is not 7, and 1 not 1.0
+        names = pd.read_csv(path, nrows=0, **options).columns
+        options["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
     kind = READERS.get(suffix, "json")
     return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
 

@@ -197,9 +197,12 @@ class RecordReader:
             return [(example, begin, end, length - count, count)]
         if example.prompt or example.messages or example.choices:
             raise BadRow(f"more than {self.max_length} tokens")
+        spans = self.spans(example.completion)
+        if len(spans) == 1:  # one token and what the tokenizer adds are too long already
+            raise BadRow(f"more than {self.max_length} tokens")
         return [
             one
-            for first, last in self.spans(example.completion)
+            for first, last in spans
             for one in self.fitting(
                 _piece(example.completion[first:last]), begin + first, begin + last
             )

@@ -135,6 +135,10 @@ class Result:
                 f"{path} has schema {content['schema']!r}, and this version of steer_nb reads "
                 f"{SCHEMA}: update steer_nb"
             )
+        predictions = content["predictions"]
+        scored = isinstance(predictions, list) and len(predictions) > 0
+        if not scored or not all(isinstance(one, dict) and "score" in one for one in predictions):
+            raise EvaluateError(f"{path} is damaged: its predictions have no scores")
         return cls(**{name: content[name] for name in names})
 
     def __repr__(self) -> str:

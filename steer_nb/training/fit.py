@@ -24,7 +24,12 @@ from torch import nn
 
 from ..core.base_model import describe_base, sample_weights
 from ..core.errors import SteeringError, check_number
-from ..core.quantized import count_parameters, is_quantized, make_differentiable
+from steer_nb.core.quantized import (
+    count_parameters,
+    describe_weights,
+    is_quantized,
+    make_differentiable,
+)
 from ..core.steering import steerings
 from ..data.encoding import EncodedSplit
 from ..data.examples import content_digest
@@ -76,6 +81,7 @@ def run_identity(
     return {
         "config": {name: value for name, value in asdict(config).items() if name != "log_with"},
         "model": model_name(model),
+        "weights": describe_weights(model),
         "method": method.name,
         "options": dict(method.options),
         "task": task.name,
@@ -279,6 +285,7 @@ def _record(
         model=model_name(model),
         examples={split: len(examples) for split, examples in trainer.splits.items()},
         validation_available=len(task.validation),
+        weights=describe_weights(model),
         config=trainer.config,
         precision=trainer.precision,
         parameters=count_parameters(model),

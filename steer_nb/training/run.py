@@ -23,7 +23,7 @@ from ..core.files import read_json, write_json
 from .config import TrainConfig, TrainError
 
 # %% ../../nbs/training/06_run.ipynb #d071385f
-SCHEMA = 3  # 1 had none of the last six fields, 2 not the last one
+SCHEMA = 4  # 1 had none of the last seven fields, 2 not the last two, 3 not the last one
 LARGEST = 1 << 26  # the most bytes of a record: 400,000 steps
 
 
@@ -55,6 +55,7 @@ class Run:
     skipped: int  # steps whose gradients overflowed in half precision, and changed nothing
     revision: str | None  # the commit of the base model, if it came from the Hub
     validation_available: int  # examples in the task's validation split, used or not
+    weights: str | None  # of the base model: dtypes, and the quantization; None: not recorded
 
     @property
     def share(self) -> float:
@@ -109,14 +110,19 @@ class Run:
         if schema == 1:
             later = {"stopped": None, "resumed": [], "skipped": 0, "revision": None}
             content |= {"planned": content.get("steps"), **later}
-        known = set(content) | {"validation_available"} if schema in (1, 2) else set(content)
-        if known != {field.name for field in fields(cls)} or schema not in (1, 2, 3):
+        first = {"validation_available": 3, "weights": 4}  # the first schema with a field
+        known = schema in (1, 2, 3, SCHEMA) and {
+            field.name for field in fields(cls) if first.get(field.name, 1) <= schema
+        }
+        if set(content) != known:
             raise TrainError(
                 f"{path} is not a run of steer_nb: it does not have the fields that `Run.save` "
                 "writes"
             )
         try:
             config = content["config"]
+            if schema < 4:
+                content["weights"] = None
             if schema < 3:  # every validation example was used
                 content["validation_available"] = content["examples"]["validation"]
                 config = {"validation_share": None, "end_token": None, **config}
@@ -209,4 +215,4 @@ def package_versions() -> dict[str, str]:
 def model_name(model: nn.Module) -> str:
     "The model's name, without the folder if it is a path on this machine."
     name = str(getattr(model.config, "_name_or_path", "") or model.config.model_type)
-    return Path(name).name if os.path.isabs(name) else name
+    return Path(name).name if os.path.isdir(name) else name
