@@ -200,11 +200,27 @@ def test_numbers_and_text_in_one_column(tmp_path):
 def test_a_table_is_read_as_it_is_written(tmp_path):
     path = tmp_path / "TABLE.CSV"
     rows = "".join(f"p{n},0{n}\n" for n in range(20))
-    path.write_text(f'prompt,completion\n{rows}p20,\n"a, b","1\n2"\n')
+    path.write_text(f'prompt,completion\n{rows}p20,\n"a, b","1\n2"\nc,NA\n')
     with pytest.warns(UserWarning, match="completion is missing"):
         task = load_records(path)
     answers = {one.prompt: one.completion for one in (*task.train, *task.validation, *task.test)}
-    assert answers == {**{f"p{n}": f"0{n}" for n in range(20)}, "a, b": "1\n2"}
+    assert answers == {**{f"p{n}": f"0{n}" for n in range(20)}, "a, b": "1\n2", "c": "NA"}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"prompt,completion\na, b,c\nd, e,f\n", "rows have more cells than the header"),
+        (b"prompt,completion\na,b\nd, e,f\n", "Expected 2 fields in line 3, saw 3"),
+        ("prompt,completion\nä,ö\n".encode("latin-1"), "can't decode byte"),
+        (None, "there is no file"),
+    ],
+)
+def test_tables_that_cannot_be_read(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(TaskError, match=message):
+        load_records(tmp_path / "table.csv")
 
 
 def test_a_relative_path_and_a_byte_order_mark(tmp_path, monkeypatch):
@@ -360,7 +376,7 @@ def test_chat_and_standard_input(sums, tmp_path, smollm_tokenizer):
         ("train --output new --data DATA", "no known form has the columns request, reply"),
         ("train --output new --data DATA --columns prompt", "role=name"),
         ("evaluate --metric exact", "needs --data"),
-        ("evaluate --data nowhere.jsonl", "cannot read data from 'nowhere.jsonl'"),
+        ("evaluate --data nowhere.jsonl", "there is no file 'nowhere.jsonl'"),
         ("evaluate --output DATA/x.json", "cannot write to"),
         ("generate", "the prompt is empty"),
     ],

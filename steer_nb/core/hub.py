@@ -87,7 +87,11 @@ def model_card(
     license: str | None = None,  # as the Hub names it, such as "apache-2.0"
 ) -> ModelCard:
     "The model card of a steering. The last of `results` is the one in the metadata."
-    results = {} if results is None else dict(results)
+    results = {} if results is None else results
+    if not isinstance(results, Mapping):
+        raise SteeringError(
+            f"results are what evaluate returned, or a dict of them by name, not {results!r:.60}"
+        )
     name, title = base["name"], repo.rpartition("/")[2]
     known = re.fullmatch(_HUB_ID, name)
     data = ModelCardData(

@@ -51,6 +51,8 @@ def as_text(value: object, role: str) -> str:
     if isinstance(value, bool) or (isinstance(value, Number) and value == value):
         return str(value)
     missing = value is None or value != value  # NaN is what pandas makes of an empty cell
+    if isinstance(value, (Mapping, list)):
+        raise BadRow(f"{role} is {type(value).__name__}, not text: write it with json.dumps")
     raise BadRow(f"{role} is missing" if missing else f"{role} is {type(value).__name__}, not text")
 
 

@@ -78,8 +78,15 @@ def _read_file(path: Path) -> Sequence[Mapping]:
         )
     options = {"sep": "\t"} if suffix == ".tsv" else {}
     if suffix in (".csv", ".tsv"):  # each cell as it is written: 007 is not 7, and 1 not 1.0
-        names = pd.read_csv(path, nrows=0, **options).columns
-        options["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+        head = pd.read_csv(path, nrows=1, **options)
+        if not isinstance(head.index, pd.RangeIndex):  # pandas would take them as an index
+            raise TaskError(
+                f"{path}: rows have more cells than the header has names: put text with commas "
+                "between double quotes"
+            )
+        names = dict.fromkeys(head.columns, datasets.Value("string"))
+        options |= {"features": datasets.Features(names), "keep_default_na": False}
+        options["na_values"] = [""]  # and not NA, None or null, which can be answers
     kind = READERS.get(suffix, "json")
     return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
 
@@ -106,11 +113,15 @@ def read_source(source: object) -> dict[str, Sequence[Mapping]]:
         try:
             if path.is_file():
                 return {"train": _read_file(path)}
+            if path.suffix.lower() in (*READERS, ".json", ".jsonl", ".ndjson", ".gz"):
+                raise TaskError(f"there is no file {str(source)!r}")
             found = datasets.load_dataset(str(path) if path.is_dir() else str(source))
             return read_source(found)
         except TaskError:
             raise
         except Exception as error:  # datasets raises errors of many kinds
+            while error.__cause__ is not None:  # what pandas or Arrow said
+                error = error.__cause__
             reason = (str(error) or repr(error)).splitlines()[0]
             raise TaskError(f"cannot read data from {str(source)!r}: {reason}") from error
     if isinstance(source, datasets.Dataset):
