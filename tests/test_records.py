@@ -395,3 +395,11 @@ def test_the_testbed_reads_the_sums(sums):
     task = load_records(sums, columns={"prompt": "request", "completion": "reply"})
     tokens = tokenizer(task.train[0].prompt).input_ids
     assert tokenizer.unk_token_id not in tokens
+
+
+def test_a_metric_that_returns_no_number():
+    model, tokenizer = load_testbed("tiny-llama")
+    rows = [{"prompt": "[MAX 1 2 ] =", "completion": "2"}]
+    task = load_records({"test": rows}, metric=lambda prediction, reference: "yes")
+    with pytest.raises(TaskError, match="returned 'yes', not a number"):
+        evaluate(model, tokenizer, task)

@@ -53,7 +53,15 @@ def scoring(metric: str | re.Pattern | Callable[[str, str], float]) -> Scoring:
     "How a metric is computed. Raises `TaskError` for an unknown one or a wrong expression."
     if callable(metric):
         name = getattr(metric, "__name__", type(metric).__name__)
-        return Scoring(name, str.strip, lambda text, answer: float(metric(text.strip(), answer)))
+
+        def score(text: str, answer: str) -> float:
+            value = metric(text.strip(), answer)
+            try:
+                return float(value)
+            except (TypeError, ValueError) as error:
+                raise TaskError(f"the metric {name} returned {value!r}, not a number") from error
+
+        return Scoring(name, str.strip, score)
     if isinstance(metric, re.Pattern) or str(metric).startswith("regex:"):
         source = metric if isinstance(metric, re.Pattern) else metric.removeprefix("regex:")
         try:
