@@ -141,6 +141,28 @@ def test_a_card_that_the_hub_does_not_accept_is_not_uploaded(hub, tmp_path):
     assert hub.commits["me/wrong"] == [{}]
 
 
+def test_a_hub_that_cannot_be_reached(hub, tmp_path):
+    code = """
+        import json
+        from steer_nb import SteerError, load_steering, steer, tiny_model
+
+        messages = []
+        for call in (
+            lambda: steer(tiny_model("llama")).push_to_hub("me/mine"),
+            lambda: load_steering(tiny_model("llama"), "me/mine"),
+        ):
+            try:
+                call()
+            except SteerError as error:
+                messages.append(str(error))
+        print(json.dumps(messages))
+    """
+    hub.url = "http://127.0.0.1:9"  # where nothing listens
+    push, pull = run_with_hub(hub, tmp_path, code)
+    assert "cannot push to me/mine" in push and "no steering at me/mine" in pull
+    assert "\n" not in push + pull
+
+
 def test_other_tools_find_the_base_model(hub, tmp_path):
     "PEFT and TRL load the base model, or its tokenizer, by the name that `load_model` gives."
     from steer_nb.data.wheels import MODELS

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 from importlib.resources import files
 
 import datasets
@@ -12,6 +13,7 @@ import torch
 from program import check, json_of, run
 from transformers import PreTrainedTokenizerBase
 
+from steer_nb.core.loading import load_steering
 from steer_nb.core.steering import steer
 from steer_nb.data.chat import apply_template, encode_conversation
 from steer_nb.data.encoding import encode_prompt
@@ -290,7 +292,9 @@ def test_train_and_evaluate_own_data(tiny, sums, tmp_path):
     result = tmp_path / "results" / "result.json"
     out = check("evaluate", *own, *steering, "--output", result)
     assert f"n = {len(task.test)}" in out and json_of(result)["fingerprint"] == task.fingerprint
-    assert "n = 100" in check("evaluate", *own, *steering, "--split", "all")
+    out = check("evaluate", *own, *steering, "--split", "all")
+    assert "n = 100" in out and "'all'" in out
+    load_steering(load_testbed("tiny-llama")[0], tmp_path / "run", check_base=False)
     out = check("evaluate", *own, "--metric", "perplexity")
     assert "perplexity" in out
     code, _, err = run("train", *own, "--output", tmp_path / "run")
@@ -375,6 +379,10 @@ def test_chat_and_standard_input(sums, tmp_path, smollm_tokenizer):
         ("train --output new --data DATA --task sst2", "use one of them"),
         ("train --output new --data DATA", "no known form has the columns request, reply"),
         ("train --output new --data DATA --columns prompt", "role=name"),
+        (
+            "train --output new --data DATA --columns reply=completion",
+            "write 'completion': 'reply'",
+        ),
         ("evaluate --metric exact", "needs --data"),
         ("evaluate --data nowhere.jsonl", "there is no file 'nowhere.jsonl'"),
         ("evaluate --output DATA/x.json", "cannot write to"),
@@ -403,3 +411,12 @@ def test_a_metric_that_returns_no_number():
     task = load_records({"test": rows}, metric=lambda prediction, reference: "yes")
     with pytest.raises(TaskError, match="returned 'yes', not a number"):
         evaluate(model, tokenizer, task)
+
+
+def test_an_answer_that_is_not_trained_is_named():
+    rows = [{"text": f"review {n}", "label": n % 2} for n in range(20)]
+    with pytest.warns(UserWarning, match="the column label is not used"):
+        load_records(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_records(rows, columns={"prompt": "text"}, choices=["bad", "good"])

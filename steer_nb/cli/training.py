@@ -9,6 +9,7 @@ __all__ = ['models', 'tasks', 'say_report', 'train', 'evaluate', 'generate', 'ch
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -218,6 +219,7 @@ def evaluate(
     own = (task, data, columns, choices, metric, seed, whole)
     examples = load_examples(*own, model=loaded, tokenizer=tokenizer, **sizes)
     result = score(loaded, tokenizer, examples, split=split, batch_size=batch_size)
+    result = replace(result, split="all") if whole else result
     say(result)
     if output is not None and is_first_process():
         say(f"saved in {result.save(output)}")

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .errors import SteeringError
 from .files import CONFIG_FILE, TENSOR_FILE
@@ -165,7 +164,7 @@ def push_folder(
         done = api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=message, revision=revision
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # of huggingface_hub, and of the libraries that it connects with
         raise SteeringError(f"cannot push to {repo}: {_reason(error)}") from error
     return done.commit_url
 
@@ -173,13 +172,15 @@ def push_folder(
 def steering_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
     """The folder of a steering: a local one, or the two files of a Hub repository.
 
-    Raises `SteeringError` if there is neither."""
+    In the output folder of `fit` it is the folder `steering`. Raises `SteeringError` if there is
+    neither."""
     if Path(source).exists():
-        return Path(source)
+        inside = Path(source) / "steering"
+        return inside if (inside / CONFIG_FILE).is_file() else Path(source)
     try:
         hf_hub_download(str(source), TENSOR_FILE, revision=revision)
         return Path(hf_hub_download(str(source), CONFIG_FILE, revision=revision)).parent
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # as above
         where = f" at revision {revision!r}" if revision else ""
         raise SteeringError(
             f"no steering at {source}{where}: there is no such folder, and the Hub has no "

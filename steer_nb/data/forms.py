@@ -6,6 +6,7 @@
 __all__ = ['ROLES', 'FORMS', 'SPEAKERS', 'BadRow', 'as_text', 'read_messages', 'Form', 'find_form']
 
 # %% ../../nbs/data/08_forms.ipynb #00000002
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Number
@@ -196,6 +197,8 @@ def find_form(
     "The form of rows with these columns. Raises `TaskError` if there is none, and lists the forms."
     names, columns = [str(name) for name in names], dict(columns or {})
     for role, name in columns.items():
+        if role in names and name in ROLES:
+            raise TaskError(f"columns is role: name, so write {name!r}: {role!r}")
         check_choice("role of a column", role, ROLES, TaskError)
         if name not in names:
             raise TaskError(
@@ -212,6 +215,13 @@ def find_form(
     for form, needed in FORMS.items():
         asks = form != "choice" or any(role in columns for role in _ASKS)
         if asks and all(role in columns for role in needed):
+            unused = [name for role, name in columns.items() if form == "text" and role != "text"]
+            if unused:
+                warnings.warn(
+                    f"plain texts are trained, and the column {', '.join(unused)} is not used: for "
+                    "prompts with answers, name the prompt with columns={'prompt': 'text'}",
+                    stacklevel=2,
+                )
             return Form(form, columns, tuple(choices or ()))
     forms = "; ".join(" + ".join(needed) for needed in FORMS.values())
     raise TaskError(

@@ -166,7 +166,7 @@ def _examples(task: Task, split: str) -> Sequence[Example]:
     examples = getattr(task, split)
     if not examples:
         raise EvaluateError(
-            f"{task.name} has no {split} examples: load it with n_{split}=1 or more"
+            f"{task.name} has no {split} examples: load more (n_{split}), or pass your own split"
         )
     for example in examples:
         if task.metric == "choice" and len(example.choices) < 2:

@@ -211,7 +211,9 @@ def fit(
         for split in ("train", "validation")
     }
     if not splits["train"]:
-        raise TrainError(f"{task.name} has no training examples: load it with n_train=1 or more")
+        raise TrainError(
+            f"{task.name} has no training examples: load more (n_train), or pass your own split"
+        )
     plan = Plan(splits["train"].lengths, config)
     used = validation_indices(splits["validation"].lengths, plan, config.validation_share)
     splits["validation"] = splits["validation"].take(used)
