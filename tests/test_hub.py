@@ -275,3 +275,17 @@ def test_the_program_shares_what_it_trained(hub, tiny, tmp_path):
     card = ModelCard(hub.commits["me/sums"][-1]["README.md"].decode())
     assert card.data.license == "mit" and "| sums" in card.text and "## Training" in card.text
     assert card.data.eval_results[0].metric_value == pytest.approx(after["score"], abs=1e-4)
+
+
+def test_results_of_one_name_are_an_error(tmp_path, tiny):
+    from program import run
+
+    from steer_nb import evaluate, load_records
+
+    result = evaluate(
+        *load_model(tiny), load_records({"test": [{"prompt": "1", "completion": "2"}]})
+    )
+    paths = [result.save(tmp_path / name / "same.json") for name in ("a", "b")]
+    words = [word for path in paths for word in ("--result", path)]
+    code, _, err = run("push", tmp_path, "me/mine", *words, "--model", tiny)
+    assert code == 1 and "two results have the same file name" in err

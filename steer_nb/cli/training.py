@@ -303,11 +303,14 @@ def push(
     from steer_nb.core.errors import SteeringError
     from steer_nb.core.steering import steerings
     from steer_nb.evaluation.result import Result
-    from steer_nb.training.config import RUN_FILE
+    from steer_nb.training.config import RUN_FILE, STEERING_FOLDER
     from steer_nb.training.run import Run
 
     results = {path.stem: Result.load(path) for path in result or ()}
-    run = Run.load(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
+    if len(results) < len(result or ()):
+        raise SteeringError("two results have the same file name, which the model card shows")
+    record = (folder.parent if folder.name == STEERING_FOLDER else folder) / RUN_FILE
+    run = Run.load(record) if record.exists() else None
     loaded, _ = load_steered(model, folder)
     handles = list(steerings(loaded).values())
     if len(handles) != 1:

@@ -62,12 +62,6 @@ def check_convertible(
             )
 
 # %% ../../nbs/convert/00_projections.ipynb #e39e0e2e
-def _has_matrix(module: nn.Module) -> bool:
-    "Whether a module has a weight matrix, which quantizers may keep under another name."
-    matrix = getattr(module, "weight", None)
-    return getattr(matrix, "ndim", 0) == 2 or hasattr(module, "in_features")
-
-
 def weight_modules(block: nn.Module) -> list[nn.Module]:
     "The modules of a block that have a weight matrix, without steerings and what PEFT wraps."
     return [

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -170,7 +169,8 @@ class Trainer:
         try:
             if progress.step == 0:
                 self.validate(0)
-            for step in islice(self.plan, progress.step, None):
+            for number in range(progress.step, len(self.plan)):
+                step = self.plan[number]
                 started = time.perf_counter()
                 self.update(step)
                 progress.seconds["training"] += time.perf_counter() - started
