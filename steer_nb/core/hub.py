@@ -36,19 +36,17 @@ def _score(result) -> str:
     return f"{result.score:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _eval_results(name: str, result) -> list[EvalResult]:
+def _eval_result(name: str, result) -> EvalResult:
     "A result in the form that the Hub shows."
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=result.task,
-            dataset_name=result.task,
-            dataset_split=result.split,
-            metric_type=result.label,
-            metric_value=round(result.score, 4),
-            metric_name=f"{result.label} ({name})",
-        )
-    ]
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=result.task,
+        dataset_name=result.task,
+        dataset_split=result.split,
+        metric_type=result.label,
+        metric_value=round(result.score, 4),
+        metric_name=f"{result.label} ({name})",
+    )
 
 
 def _training_rows(run) -> list[dict]:
@@ -99,7 +97,7 @@ def model_card(
         library_name="steer_nb",
         license=license,
         model_name=title if results else None,
-        eval_results=_eval_results(*list(results.items())[-1]) if results else None,
+        eval_results=[_eval_result(*list(results.items())[-1])] if results else None,
         tags=["steer_nb", "activation-steering"],
     )
     of = f"[{name}](https://huggingface.co/{name})" if known else name or base["model_type"]

@@ -125,7 +125,8 @@ class Int4Linear(nn.Linear):
 def make_differentiable(model: nn.Module) -> None:
     """Let gradients with respect to activations pass through all quantized layers, in place.
 
-    `load_model`, `steer`, `load_steering` and `fit` call it. The outputs do not change."""
+    `load_model`, `steer`, `load_steering` and `fit` call it. The outputs stay the same, up to the
+    rounding to bfloat16 of a layer that bitsandbytes had packed."""
     for module in quantized_layers(model).values():
         if getattr(module, "support_avx512bf16_for_cpu", False):  # of bitsandbytes
             module.support_avx512bf16_for_cpu = False

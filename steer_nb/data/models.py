@@ -245,8 +245,8 @@ def _load_weights(source: str | Path, options: dict, revision: str | None) -> Pr
         ValueError,
         SafetensorError,
     ) as error:
-        if isinstance(error, RuntimeError) and "quantization_config" not in options:
-            raise
+        if type(error) is RuntimeError and "quantization_config" not in options:
+            raise  # not a problem of the checkpoint
         pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
         pickled = isinstance(error, OSError) and any(
             _beside(source, name, revision) for name in pickles
