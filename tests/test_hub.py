@@ -129,7 +129,7 @@ def test_a_card_that_the_hub_does_not_accept_is_not_uploaded(hub, tmp_path):
         from steer_nb import SteerError, steer, tiny_model
         from steer_nb.core import hub
 
-        hub._HUB_ID = ".*"  # so that a name which is no Hub id stands as the base model
+        hub.HUB_ID = ".*"  # so that a name which is no Hub id stands as the base model
         model = tiny_model("llama")
         model.config._name_or_path = "a folder"
         try:

@@ -7,6 +7,8 @@ __all__ = ['QUANTIZATIONS', 'is_quantized', 'quantized_layers', 'describe_weight
            'weight_bytes', 'Int4Linear', 'make_differentiable', 'quantization_config']
 
 # %% ../../nbs/core/08_quantized.ipynb #00000002
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -38,14 +40,22 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _other_parameters(
+    model: nn.Module, layers: Iterable[nn.Module]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    "The parameters, by path, that are not of these layers."
+    inside = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    return ((path, p) for path, p in model.named_parameters() if id(p) not in inside)
+
+
 def describe_weights(model: nn.Module) -> str:
     "The dtypes of a model's weights, and what its quantized layers hold: 'bfloat16, Int8Tensor'."
     layers = quantized_layers(model).values()
-    inside = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    base = [
-        p for path, p in model.named_parameters() if "steering" not in path and "lora_" not in path
-    ]
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in base if id(p) not in inside}
+    dtypes = {
+        str(parameter.dtype).removeprefix("torch.")
+        for path, parameter in _other_parameters(model, layers)
+        if "steering" not in path and "lora_" not in path
+    }
     return ", ".join([*sorted(dtypes), *sorted(set(map(_kind, layers)))])
 
 
@@ -71,10 +81,7 @@ def check_float_weights(model: nn.Module, what: str, error: type[SteerError] = S
 def count_parameters(model: nn.Module) -> int:
     "The number of parameters, where a quantized matrix counts as many as it stands for."
     layers = set(quantized_layers(model).values())
-    inside = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    count = sum(
-        parameter.numel() for parameter in model.parameters() if id(parameter) not in inside
-    )
+    count = sum(parameter.numel() for _, parameter in _other_parameters(model, layers))
     for layer in layers:
         count += layer.in_features * layer.out_features
         bias = getattr(layer, "bias", None)

@@ -30,6 +30,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..core.errors import check_choice, nearest
 from ..core.files import read_json, write_json
+from ..core.hub import HUB_ID
 from ..core.quantized import make_differentiable, quantization_config, quantized_layers
 from steer_nb.data.wheels import (
     MODELS,
@@ -138,7 +139,7 @@ def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | N
             f"the folder {str(name)!r} has no config.json; a model folder is what "
             "save_pretrained writes"
         )
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
+    if re.fullmatch(HUB_ID, str(name)):
         return str(name), _commit(str(name), revision)
     raise AssetError(
         f"no model or folder {str(name)!r}: short names are {', '.join(MODELS)}, and a Hub id has "
