@@ -11,7 +11,7 @@ _PUBLIC = {
     "core.sites": ("SITES", "Site", "SiteError", "available_sites", "blocks"),
     "core.hooks": ("capture", "edit"),
     "core.adapters": ("Adapter", "make_adapter", "adapter_size"),
-    "core.positions": ("prompt_ends",),
+    "core.passes": ("prompt_ends",),
     "core.config": ("SteeringConfig",),
     "core.steering": ("Steering", "steer", "steerings"),
     "core.loading": ("load_steering",),

@@ -18,7 +18,7 @@ from steer_nb.core.config import SteeringConfig
 from steer_nb.core.errors import SteerError, SteeringError
 from steer_nb.core.hooks import capture, edit
 from steer_nb.core.loading import load_steering
-from steer_nb.core.positions import prompt_ends
+from steer_nb.core.passes import prompt_ends
 from steer_nb.core.sites import Site, SiteError
 from steer_nb.core.steering import steer, steerings
 

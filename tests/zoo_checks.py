@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from steer_nb.core.hooks import capture, edit
-from steer_nb.core.positions import prompt_ends
+from steer_nb.core.passes import prompt_ends
 from steer_nb.core.sites import (
     SITES,
     Site,

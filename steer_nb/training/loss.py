@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from ..core.passes import prompt_ends
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core.model_state import accepts, inner_model
-from ..core.positions import prompt_ends
 from .config import TrainError
 
 # %% ../../nbs/training/01_loss.ipynb #95147c8e
@@ -49,7 +49,7 @@ def labelled_logits(
     predicting = labelled.roll(-1, dims=1)  # the tokens before the labelled ones
     predicting[:, -1] = False
     labels = batch["labels"].roll(-1, dims=1)[predicting]
-    with prompt_ends(model, labelled.int().argmax(dim=1)), only_rows(model, predicting) as selected:
+    with prompt_ends(model, batch["labels"]), only_rows(model, predicting) as selected:
         logits = model(**inputs).logits
     logits = logits[0] if selected else logits[predicting.to(logits.device)]
     return logits, labels.to(logits.device)
