@@ -1,4 +1,4 @@
-"""Steered models with the software around them: compile, Trainer, PEFT, beam search, processes.
+"""Steered models with the software around them: compile, PEFT, beam search, processes.
 
 Each result is compared with plain hooks, or with the same computation made another way."""
 
@@ -11,7 +11,7 @@ import children
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from steer_nb.core.adapters import KINDS
 from steer_nb.core.config import SteeringConfig
@@ -241,39 +241,6 @@ def test_device_map_with_weights_on_disk(tmp_path):
     assert torch.allclose(
         whole(INPUT).logits, steered, atol=1e-6
     )  # the same float32 arithmetic, by another road
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        tokens = torch.arange(8) + 3 + index
-        return {"input_ids": tokens, "labels": tokens}
-
-
-def test_trainer_trains_and_its_checkpoint_keeps_the_steering(tmp_path):
-    model = tiny()
-    base = {name: p.clone() for name, p in model.named_parameters()}
-    steer(model, SteeringConfig())
-    arguments = TrainingArguments(
-        tmp_path,
-        max_steps=4,
-        save_steps=4,
-        learning_rate=1e-2,
-        report_to="none",
-        use_cpu=True,
-        per_device_train_batch_size=4,
-        disable_tqdm=True,
-    )
-    Trainer(model=model, args=arguments, train_dataset=Rows()).train()
-    model.eval()
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").eval()
-    for name, parameter in fresh.named_parameters():
-        assert torch.equal(parameter, base[name])
-    load_steering(fresh, tmp_path / "checkpoint-4")
-    assert torch.equal(fresh(INPUT).logits, model(INPUT).logits)
-    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith(".up"))
 
 
 def test_peft_does_not_adapt_the_adapters():

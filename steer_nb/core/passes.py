@@ -177,7 +177,7 @@ class Passes:
             labels = None
         elif labels is None or not _of_tokens(labels, len(real), real.shape[1] - cached):
             self._check_rows(labels, training)
-            return torch.onesspread(real)
+            return torch.ones_like(real)
         else:
             labels = nn.functional.pad(labels.to(real.device), (cached, 0), value=NOT_TRAINED)
             in_prompt = before_labels(labels, text)
