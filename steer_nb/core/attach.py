@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['SiteAdapter', 'SiteAdapters', 'site_adapters', 'adapter_parameters', 'adapter_prefixes', 'Registry', 'registry_of',
-           'registered', 'check_steering_name', 'attach', 'register_caller', 'move_adapters', 'detach']
+           'registered', 'is_compiled', 'check_steering_name', 'attach', 'steer_rows', 'register_caller',
+           'move_adapters', 'detach']
 
 # %% ../../nbs/core/12_attach.ipynb #00000002
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -140,13 +143,18 @@ def registered(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if vars(module).get("_steer_nb") is registry]
 
 
+def is_compiled(model: nn.Module) -> bool:
+    "Whether `torch.compile` or `compile()` was called on the model."
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def check_steering_name(model: nn.Module, name: str) -> str:
     "`name`, if a steering can be attached to this model under it; else raises `SteeringError`."
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise SteeringError(
             f"a steering's name is 1 to 64 letters, digits, '-' and '_', not {name!r}"
         )
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled(model):
         raise SteeringError(
             "this model is compiled already, and a compiled model does not run new hooks: steer "
             "it first, then compile it"
@@ -209,6 +217,21 @@ def _freeze(model: nn.Module, registry: Registry) -> None:
         if parameter.requires_grad and id(parameter) not in adapters:
             parameter.requires_grad_(False)
             registry.frozen.append(path)
+
+
+@contextmanager
+def steer_rows(model: nn.Module, table: list[dict[str, float]]) -> Iterator[None]:
+    "While open, row n of a batch is steered by the steerings in `table[n]`, with these strengths."
+    registry, callers = registry_of(model), registered(model)
+    if not registry.passes.arguments and is_compiled(model):
+        raise SteeringError(
+            "this model was compiled before rows was used, and a compiled model does not run new "
+            "hooks: open rows once, then compile it"
+        )
+    watch_passes(callers, registry.passes)
+    registry.passes.by_row = True
+    with registry.passes.having("rows", table):
+        yield
 
 
 def register_caller(caller: nn.Module, registry: Registry) -> None:

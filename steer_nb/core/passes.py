@@ -122,7 +122,7 @@ class Passes:
         text = torch.zeros(batch, total, dtype=torch.int64, device=device)
         if generation is None and not cached:
             text = text_numbers(given, real)
-        in_prompt = self._in_prompt(given.get("labels"), real, text, cached, training)
+        in_prompt = self._in_prompt(given, real, text, cached, training)
         for name in self.needed:
             now.masks[name] = position_mask(name, real, in_prompt, text)[:, cached:]
 
@@ -164,8 +164,11 @@ class Passes:
         sides = (lacking, 0) if generation is None else (0, lacking)
         return nn.functional.pad(mask, sides, value=True)
 
-    def _in_prompt(self, labels, real: torch.Tensor, text: torch.Tensor, cached: int, training):
+    def _in_prompt(
+        self, given: dict, real: torch.Tensor, text: torch.Tensor, cached: int, training
+    ):
         "Which columns are before the completion of their text: (batch, total) bool."
+        labels = given.get("labels")
         generation, known = self.here("generation"), self.here("ends")
         if isinstance(known, torch.Tensor) and known.ndim == 2:
             known, labels = None, known
@@ -182,7 +185,8 @@ class Passes:
             labels = nn.functional.pad(labels.to(real.device), (cached, 0), value=NOT_TRAINED)
             in_prompt = before_labels(labels, text)
         if generation is None and not real.is_meta and not torch.compiler.is_compiling():
-            check_prompts(self._named, real, in_prompt, text, labels)
+            packed = given.get("cu_seq_lens_q") is not None or bool(text.any())
+            check_prompts(self._named, real, in_prompt, text, labels, packed)
         return in_prompt
 
     @property

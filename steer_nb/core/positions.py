@@ -118,6 +118,7 @@ def check_prompts(
     in_prompt: torch.Tensor,
     text: torch.Tensor,
     labels: torch.Tensor | None,  # None: the ends of the prompts were given as columns
+    packed: bool,  # whether the row was packed: collators then remove the first label of a text
 ) -> None:
     "Raise `SteeringError` unless each text has exactly one prompt. Shapes as in `position_mask`."
     if labels is None and bool(text.any()):
@@ -127,7 +128,7 @@ def check_prompts(
         )
     if named == "positions='completion'":
         return  # is where the labels are
-    without = (real & (count_in_text(real & in_prompt, text)[1] == 0)).any(1)
+    without = (real & (count_in_text(real & in_prompt, text)[1] <= int(packed))).any(1)
     if bool(without.any()):
         raise SteeringError(
             f"{named}: a text in row {int(without.int().argmax())} has no prompt: its completion "

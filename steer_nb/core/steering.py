@@ -7,7 +7,7 @@ __all__ = ['check_strength', 'Steering', 'steerings', 'save_steerings', 'attach_
 
 # %% ../../nbs/core/16_steering.ipynb #00000002
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +24,12 @@ from steer_nb.core.attach import (
     detach,
     registry_of,
     site_adapters,
+    steer_rows,
 )
 from .base_model import describe_base
 from .build import BuiltAdapter, build_adapters, start_from_scores
 from .config import SteeringConfig, make_config
-from .errors import SteeringError, check_number
+from .errors import SteeringError, check_choice, check_number
 from .files import free_folder
 from .hub import model_card, push_folder
 from .quantized import count_parameters
@@ -124,6 +125,37 @@ class Steering:
             yield self
         finally:
             self.enabled = before
+
+    @contextmanager
+    def rows(
+        self,
+        names: Sequence[str | Sequence[str] | None],  # for each row of the batch
+        strengths: Sequence[float | None] | None = None,  # likewise; None: that of the steering
+    ) -> Iterator["Steering"]:
+        """While open, each row of a batch is steered by the steerings that are named for it.
+
+        `with steering.rows(["sst2", "json", None]):` steers the first row by `sst2`, the second
+        by `json`, and the third not at all; `("sst2", "json")` names two for one row. Any handle
+        of the model can be used. Holds for forward passes and `generate` in this thread; beams and
+        returned sequences share the steerings of their row. (`strength`, `enabled` and
+        `disabled()` act in all threads.) Raises `SteeringError` for an unknown name, for strengths
+        of another length, and in a forward pass with another number of rows."""
+        self._check()
+        known = steerings(self.model)
+        if isinstance(names, str) or not len(names):
+            raise SteeringError(f"rows is a list with an entry for each row, not {names!r}")
+        strengths = [None] * len(names) if strengths is None else list(strengths)
+        if len(strengths) != len(names):
+            raise SteeringError(f"rows has {len(names)} rows and {len(strengths)} strengths")
+        table = []
+        for row, strength in zip(names, strengths, strict=True):
+            own = () if row is None else (row,) if isinstance(row, str) else row
+            for name in own:
+                check_choice("steering", name, known, SteeringError)
+            given = None if strength is None else check_strength(strength)
+            table.append({name: known[name].strength if given is None else given for name in own})
+        with steer_rows(self.model, table):
+            yield self
 
     def remove(self) -> None:
         "Take the steering off the model, which is then as it was before, to the bit."
