@@ -461,7 +461,7 @@ def bad_values():
         )
     yield "one", "half a character for a name", lambda folder: rename(folder, "\ud800")
     for field, values in {
-        "schema": [True, 0, -1, 5, 1.0, "4", None],
+        "schema": [True, 0, -1, 6, 1.0, "5", None],
         "steerings": [{}, [], None, 3],
         "base": [None, [], {}],
     }.items():

@@ -583,13 +583,16 @@ def test_new_kinds_and_heads_are_saved_and_loaded(tmp_path, kind, heads):
     assert torch.equal(other(INPUT).logits, base)
 
 
-@pytest.mark.parametrize("schema, lacking", [(1, ("init", "heads")), (2, ("heads",)), (3, ())])
+@pytest.mark.parametrize(
+    "schema, lacking",
+    [(1, ("init", "heads", "skip")), (2, ("heads", "skip")), (3, ("skip",)), (4, ("skip",))],
+)
 def test_older_schemas_are_read(tmp_path, schema, lacking):
     steering = randomise(steer(tiny(), SteeringConfig(site="heads", rank=2)))
     steering.save(tmp_path)
     path = tmp_path / "steering_config.json"
     content = json.loads(path.read_text())
-    assert content["schema"] == 4
+    assert content["schema"] == 5
     content["schema"] = schema
     path.write_text(json.dumps(content))
     with pytest.raises(
@@ -598,14 +601,14 @@ def test_older_schemas_are_read(tmp_path, schema, lacking):
         load_steering(tiny(), tmp_path)
     for field in lacking:
         del content["steerings"]["default"][field]
-    for field in ("vocabulary", "note"):
+    for field in ("vocabulary", "note") if schema < 4 else ():
         del content["base"][field]
     path.write_text(json.dumps(content))
     loaded = load_steering(tiny(), tmp_path)
     assert loaded.config == steering.config and torch.equal(
         loaded.model(INPUT).logits, steering.model(INPUT).logits
     )
-    content["schema"] = 4
+    content["schema"] = 5
     path.write_text(json.dumps(content))
     with pytest.raises(SteeringError, match="lacks the field"):
         load_steering(tiny(), tmp_path)
@@ -774,3 +777,19 @@ def test_a_negative_layer_in_a_file_is_refused(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(SteeringError, match="negative layer"):
         load_steering(tiny(), tmp_path)
+
+
+def test_skipped_layers(tmp_path):
+    "Every layer that has the site but those: saved, loaded, and counted from either end."
+    steering = steer(tiny(), kind="vector", skip=(0, -1))
+    assert [site.layer for site in steering.adapters] == [1] and steering.config.skip == (0, 2)
+    steering.save(tmp_path)
+    assert load_steering(tiny(), tmp_path).config == steering.config
+    for wrong, message in (
+        (dict(skip=(0, 1, 2)), "every layer"),
+        (dict(skip=(7,)), "layer 7"),
+        (dict(skip=(0,), layers=[1]), "or skip"),
+        (dict(skip="0"), "skip"),
+    ):
+        with pytest.raises(SteerError, match=message):
+            steer(tiny(), kind="vector", **wrong)

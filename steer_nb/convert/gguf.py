@@ -22,28 +22,38 @@ from ..core.sites import blocks
 from ..core.steering import Steering
 
 # %% ../../nbs/convert/03_gguf.ipynb #596128a9
-# Where llama.cpp's name differs from that of transformers.
+# Where llama.cpp's name is another word than that of transformers.
 _GGUF_ARCH = {
     "mistral": "llama",
-    "gpt_neox": "gptneox",
-    "gemma3_text": "gemma3",
+    "mixtral": "llama",
     "phi": "phi2",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
     "cohere": "command-r",
     "gpt_bigcode": "starcoder",
+    "glm": "chatglm",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "granitemoeshared": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
+    "falcon_mamba": "mamba",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
 }
 
 
 def _gguf_arch(model_type: str, arch: str | None) -> str:
     "llama.cpp's name of an architecture. Raises `ConvertError` if it has none of that name."
-    name, known = arch or _GGUF_ARCH.get(model_type, model_type), sorted(MODEL_ARCH_NAMES.values())
-    if name not in known:
+    known = sorted(MODEL_ARCH_NAMES.values())
+    name = arch or _GGUF_ARCH.get(model_type, model_type)
+    bare = name.removesuffix("_text")
+    spellings = (name, bare, bare.replace("_", "-"), bare.replace("_", ""))
+    found = next((spelling for spelling in spellings if spelling in known), None)
+    if found is None:
         raise ConvertError(
             f"llama.cpp has no architecture {name!r}: pass its name there as arch"
             f"{nearest(name, known)}"
         )
-    return name
+    return found
 
 
 def _write_gguf(path: str | os.PathLike, arch: str, fill: Callable[[GGUFWriter], None]) -> Path:
@@ -79,7 +89,7 @@ def to_control_vector(
     if 0 in layers:
         raise ConvertError(
             "llama.cpp cannot steer layer 0: its directions begin at layer 1. "
-            f"Steer layers=range(1, {len(blocks(model))})"
+            f"Steer with skip=(0,), that is layers=range(1, {len(blocks(model))})"
         )
     for site in steering.adapters:
 

@@ -7,6 +7,7 @@ __all__ = ['Lora', 'lora_of', 'to_lora', 'from_lora']
 
 # %% ../../nbs/convert/02_lora.ipynb #2b383b6e
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def to_lora(
         bias = up @ (down @ writer.bias) + constant / writer.scale
         parts[writer] = (down @ writer.matrix, strength * up, strength * bias)
     lora = lora_of(model, parts)
+    without = [writer.path for writer in parts if writer.module.bias is None]
+    if lora.bias and without:
+        warnings.warn(
+            f"this LoRA has constants, and {without[0]!r} of the base has no bias to add them to: "
+            "PEFT runs it, but will not merge it (merge_and_unload). A steering without constants, "
+            "such as kind='linear' with bias=False, has none",
+            stacklevel=2,
+        )
     if folder is not None:
         lora.save(folder)
     return lora

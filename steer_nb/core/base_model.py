@@ -18,7 +18,7 @@ from .quantized import is_quantized
 from .sites import blocks, hidden_size
 
 # %% ../../nbs/core/10_base_model.ipynb #00000005
-SCHEMA = 4  # of a steering folder; 2 added `init`, 3 `heads`, 4 `vocabulary` and `note`
+SCHEMA = 5  # of a steering folder; 2 added `init`, 3 `heads`, 4 `vocabulary` and `note`, 5 `skip`
 
 
 def sample_weights(parameter: torch.Tensor, count: int = 16) -> list[float] | None:

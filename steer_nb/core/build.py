@@ -22,8 +22,11 @@ def resolve_sites(model: nn.Module, config: SteeringConfig) -> dict[Site, Place]
     """The sites that a configuration stands for in this model, bottom to top.
 
     Raises `SiteError` if one that it names does not exist, or if there is none."""
-    layers = config.resolved(len(blocks(model))).named_layers
-    found = find_sites(model, config.site, layers)
+    config = config.resolved(len(blocks(model)))
+    found = find_sites(model, config.site, config.named_layers)
+    found = {site: place for site, place in found.items() if site.layer not in config.skip}
+    if not found:
+        raise SiteError(f"every layer with the site {config.site!r} is skipped")
     if len({id(place.module) for place in found.values()}) < len(found):
         raise SiteError(
             f"layers of this model share one module at {config.site!r}: a shift in one of them "

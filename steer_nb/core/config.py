@@ -75,6 +75,7 @@ class SteeringConfig:
     seed: int = 0  # of the random start of D, R or W₁
     init: str = "random"  # the start of D: "random", or "gradient": directions of `site_scores`
     heads: Sequence[tuple[int, int]] | None = None  # at `heads`: (layer, head) pairs; None: all
+    skip: Sequence[int] = ()  # layers left out of layers="all"
 
     def __post_init__(self):
         check_adapter(self.kind, self.rank, self.activation)
@@ -99,6 +100,12 @@ class SteeringConfig:
             changes["heads"] = _checked_heads(self.heads)
         if not isinstance(self.layers, str) or self.layers != "all":
             changes["layers"] = _checked_layers(self.layers)
+        skipped = _as_tuple(self.skip)
+        if not skipped and (not isinstance(self.skip, Sequence) or isinstance(self.skip, str)):
+            raise SteeringError(f"skip is a list of layer numbers, not {self.skip!r}")
+        changes["skip"] = _checked_layers(skipped) if skipped else ()
+        if changes["skip"] and (self.heads is not None or "layers" in changes):
+            raise SteeringError("skip leaves layers out of layers='all': name the layers, or skip")
         for name, value in changes.items():
             object.__setattr__(self, name, value)
 
@@ -111,6 +118,7 @@ class SteeringConfig:
             changes["layers"] = [resolve_layer(layer, count) for layer in self.layers]
         if self.heads:
             changes["heads"] = [(resolve_layer(layer, count), head) for layer, head in self.heads]
+        changes["skip"] = [resolve_layer(layer, count) for layer in self.skip]
         return replace(self, **changes)
 
     @property

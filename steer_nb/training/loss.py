@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from ..core.passes import prompt_ends
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..core.model_state import accepts, inner_model
+from ..core.model_state import accepts, inner_model, padded_positions
+from ..core.passes import prompt_ends
 from .config import TrainError
 
 # %% ../../nbs/training/01_loss.ipynb #95147c8e
@@ -35,7 +35,7 @@ LOGITS = 2**25  # the most logits in one piece of the cross-entropy: 128 MiB in 
 
 def labelled_logits(
     model: nn.Module,  # a causal language model, steered or not
-    batch: dict[str, torch.Tensor],  # as `collate` makes it, padded on the right, on its device
+    batch: dict[str, torch.Tensor],  # as `collate` makes it, on its device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits before each labelled token, (tokens, vocab), and the labels, (tokens,).
 
@@ -44,6 +44,7 @@ def labelled_logits(
     if not labelled[:, 1:].any(dim=1).all():
         raise TrainError("a batch has an example without a label: there is nothing to learn from")
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs |= padded_positions(model, inputs)
     if accepts(model, "use_cache"):
         inputs["use_cache"] = False
     predicting = labelled.roll(-1, dims=1)  # the tokens before the labelled ones
