@@ -4,6 +4,7 @@ All without a network: pip finds nothing but wheels that are written here."""
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from steer_nb.core.config import SteeringConfig
+from steer_nb.core.loading import load_steering
 from steer_nb.core.steering import steer
 from steer_nb.data import wheels
 from steer_nb.data.examples import Example
@@ -213,6 +215,31 @@ def test_kept_gguf_is_used_for_conversion(offline, monkeypatch):
     assert digest == wheels.MODELS["tiny"].sha256
     monkeypatch.setattr(wheels, "_download", no_download)
     load_model("tiny", device="cpu")
+
+
+def test_a_gguf_file(ready, original, tmp_path, monkeypatch):
+    "Any GGUF file that transformers reads: converted once, known by its name, steered and saved."
+    make_gguf(tmp_path / "my model.gguf", original)
+    model, tokenizer = load_model(tmp_path / "my model.gguf", device="cpu")
+    inputs = tokenizer("a 12", return_tensors="pt")
+    with torch.no_grad():
+        expected = original(inputs["input_ids"]).logits
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)  # float32, two models
+    monkeypatch.setattr("steer_nb.data.models._convert_model", no_download)
+    model, _ = load_model(str(tmp_path / "my model.gguf"), device="cpu")
+    steer(model).save(tmp_path / "steering")
+    base = json.loads((tmp_path / "steering" / "steering_config.json").read_text())["base"]
+    assert base["name"] == "my model.gguf" and "my model.gguf" in base["note"]
+    model.save_pretrained(tmp_path / "copy")
+    load_steering(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"), tmp_path / "steering")
+
+
+def test_a_file_that_is_no_gguf(ready, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(AssetError, match="cannot load .*bad.gguf"):
+        load_model(tmp_path / "bad.gguf")
+    with pytest.raises(AssetError, match="no model or folder"):
+        load_model(tmp_path / "missing.gguf")
 
 
 def test_a_training_survives_the_loss_of_the_cache(ready, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.errors import check_number
 from ..core.hooks import edit, find_sites
-from ..core.model_state import evaluating, layout_like, real_tokens
+from ..core.model_state import evaluating, layout_like, padded_positions, real_tokens
 from ..core.sites import Place, Site
 from .figures import figure_png, heat_map
 from .first_order import check_finite
@@ -171,4 +171,5 @@ def _own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tens
     if batch.get("labels") is None:
         raise EquivalenceError("the batch has no labels: add them, or pass loss=")
     padding = ~real_tokens(batch).to(batch["labels"].device)
-    return model(**{**batch, "labels": batch["labels"].masked_fill(padding, -100)}).loss
+    labels = {"labels": batch["labels"].masked_fill(padding, -100)}
+    return model(**{**batch, **padded_positions(model, batch), **labels}).loss
