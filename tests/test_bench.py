@@ -73,6 +73,7 @@ def measured():
         patch.delenv("STEER_NB_PYREFT_PYTHON", raising=False)
         patch.setitem(ROUNDS, "forward", 3)
         patch.setitem(ROUNDS, "decode", 4)
+        patch.setitem(ROUNDS, "rows", 1)
         return bench(**SETTINGS, repetitions=2, memory=False)
 
 
@@ -232,17 +233,24 @@ def test_the_trained_steering_changes_activations(workload):
 
 def test_one_run_measures_everything(measured):
     assert list(measured.seconds) == HERE
-    turns = {"training": 2, "forward": 6, "decode": 8, "evaluation": 2}
+    turns = {"training": 2, "forward": 6, "decode": 8, "rows": 2, "evaluation": 2}
     for name, times in measured.seconds.items():
         assert len(times) == turns[CONTESTANTS[name].kind], name
     counts = measured.counts
     assert set(counts) == set(TRAINING)
     for name in ("floor", "floor_forward", "ours_quarter", "floor_quarter"):
         assert counts[name] == counts["ours"]
-    for name in ("plain_wrapper", "trainer_lora", "trainer_full"):  # logits of all tokens
+    for name in (
+        "plain_wrapper",
+        "trainer_lora",
+        "trainer_ours",
+        "trainer_full",
+    ):  # logits of all tokens
         assert counts[name]["logits"] == counts[name]["tokens"] > counts["ours"]["logits"]
     assert measured.predictions["identical"] == measured.predictions["examples"] == 4
-    assert set(measured.saved) == {"ours", "ours_quarter", "trainer_lora", "trainer_full"}
+    assert set(measured.saved) == {
+        *("ours", "ours_quarter", "trainer_lora", "trainer_ours", "trainer_full")
+    }
     assert measured.saved["ours"] > measured.adapter["bytes"]
     assert "STEER_NB_PYREFT_PYTHON" in measured.notes[0]
     described = json.dumps(measured.machine)

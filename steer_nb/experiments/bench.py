@@ -25,6 +25,7 @@ from steer_nb.experiments.contestants import (
     peak_memory,
 )
 from .pyreft import with_pyreft
+from .row_turns import ROWS
 from steer_nb.experiments.timing import (
     BenchError,
     race,
@@ -85,6 +86,7 @@ def _units(workload: Workload, names: list[str]) -> dict[str, int]:
         "training": len(workload.encoded),
         "forward": 1,
         "decode": STEPS,
+        "rows": STEPS * ROWS,
         "evaluation": len(workload.task.test),
     }
     return {name: size[CONTESTANTS[name].kind] for name in names}

@@ -122,6 +122,12 @@ TARGETS = [
         1.03,
         _speed("decode_bare", "decode_steered"),
     ),
+    Target(
+        "decoding rows with four steerings, × one row at a time",
+        "≥",
+        2.0,
+        _speed("rows_own", "rows_alone"),
+    ),
     Target("evaluation, × one at a time", "≥", 3.0, _speed("evaluate", "generate")),
     Target("share of predictions that are identical", "≥", 1.0, _identical),
     Target("peak memory / Trainer with LoRA's", "≤", 1.0, _memory_ratio),

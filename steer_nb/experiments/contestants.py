@@ -19,6 +19,7 @@ import transformers
 
 from ..core.errors import check_choice
 from .pyreft import PyreftTurn
+from .row_turns import RowsTurn
 from .timing import BenchError
 from steer_nb.experiments.turns import (
     BoundTurn,
@@ -52,12 +53,14 @@ KINDS = {  # what is counted per second
     "training": "examples",
     "forward": "passes",
     "decode": "tokens",
+    "rows": "tokens",
     "evaluation": "examples",
 }
 ROUNDS = {  # turns per repetition: short ones are repeated more often
     "training": 1,
     "forward": 12,
     "decode": 24,
+    "rows": 6,
     "evaluation": 1,
 }
 CONTESTANTS: dict[str, Contestant] = {
@@ -73,6 +76,13 @@ CONTESTANTS: dict[str, Contestant] = {
         "Trainer, PEFT's LoRA rank r on all linear layers",
         "training",
         lambda workload, name: TrainerTurn(workload, name, "lora", rank=workload.rank),
+        saves=True,
+        memory=True,
+    ),
+    "trainer_ours": Contestant(
+        "Trainer, the same steering",
+        "training",
+        lambda workload, name: TrainerTurn(workload, name, "post_block", rank=workload.rank),
         saves=True,
         memory=True,
     ),
@@ -117,6 +127,26 @@ CONTESTANTS: dict[str, Contestant] = {
         "decode step, steered",
         "decode",
         lambda workload, name: DecodeTurn(workload, name, steered),
+    ),
+    "rows_bare": Contestant(
+        "decode step of 8 rows, no steering",
+        "rows",
+        lambda workload, name: RowsTurn(workload, name, "bare"),
+    ),
+    "rows_one": Contestant(
+        "decode step of 8 rows, one steering",
+        "rows",
+        lambda workload, name: RowsTurn(workload, name, "one"),
+    ),
+    "rows_own": Contestant(
+        "decode step of 8 rows, four steerings by row",
+        "rows",
+        lambda workload, name: RowsTurn(workload, name, "rows"),
+    ),
+    "rows_alone": Contestant(
+        "decode step of 8 rows, one row at a time",
+        "rows",
+        lambda workload, name: RowsTurn(workload, name, "alone"),
     ),
     "evaluate": Contestant("evaluate: choices scored", "evaluation", EvaluateTurn),
     "generate": Contestant(
