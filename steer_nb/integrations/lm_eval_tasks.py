@@ -20,9 +20,7 @@ from ..data.records import Task
 from ..evaluation.choices import EvaluateError
 
 # %% ../../nbs/integrations/03_lm_eval_tasks.ipynb #00000006
-CHAT_COLUMN = (
-    "steer_nb_chat"  # in the rows of a task of steer_nb: whether it uses the chat template
-)
+CHAT_COLUMN = "steer_nb_chat"  # in the rows of our tasks: whether they use the chat template
 
 
 def _check_example(example: Example) -> None:
