@@ -178,7 +178,7 @@ def test_saved_folders_by_name(dtype, tolerance, saved, written):
     load_steering(model, saved / "steering").strength = 0.5
     options = {"pretrained": str(saved / "model"), "steering": str(saved / "steering")}
     steered = get_model("hf_steered").create_from_arg_obj(
-        {**options, "strength": 0.5, "dtype": dtype}, {"batch_size": 16, "device": "cpu"}
+        {**options, "strength": 0.5, "dtype": dtype}, {"batch_size": 16}
     )
     assert steered.model.dtype is getattr(torch, dtype)
     assert steered.get_model_info()["steerings"] == {"default": repr(steerings(model)["default"])}
@@ -371,9 +371,9 @@ def test_rolling_likelihood():
         ({"steering": None, "strength": 2}, "need steering="),
         ({"steering": "nowhere"}, "nowhere"),
         ({"stored": "other"}, "no steering 'other'"),
-        ({"peft": "folder"}, "no option of hf_steered 'peft'"),
-        ({"parallelize": True}, "no option of hf_steered 'parallelize'"),
-        ({"trust_remote_code": True}, "no option of hf_steered 'trust_remote_code'"),
+        ({"peft": "folder"}, "hf_steered has no option 'peft'"),
+        ({"parallelize": True}, "hf_steered has no option 'parallelize'"),
+        ({"trust_remote_code": True}, "hf_steered has no option 'trust_remote_code'"),
         ({"max_lenght": 8}, "did you mean 'max_length'"),
         ({"pretrained": "smollm-135m"}, "smollm2-135m"),
         ({"dtype": "float33"}, "float33"),
@@ -383,7 +383,7 @@ def test_rolling_likelihood():
 def test_options_that_do_not_fit(options, message, saved):
     given = {"pretrained": str(saved / "model"), "steering": str(saved / "steering"), **options}
     with pytest.raises(SteerError, match=message):
-        SteeredHFLM(**given, device="cpu")
+        SteeredHFLM(**given)
 
 
 def test_options_that_do_not_fit_a_model_in_memory():

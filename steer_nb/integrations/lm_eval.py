@@ -8,13 +8,14 @@ __all__ = ['SteeredHFLM']
 # %% ../../nbs/integrations/04_lm_eval.ipynb #00000002
 from collections import defaultdict
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..core.errors import SteeringError, check_choice
+from ..core.errors import SteeringError, nearest
 from ..core.loading import load_steering
 from ..core.positions import prompt_ends
 from ..core.steering import steerings
@@ -45,32 +46,39 @@ class SteeredHFLM(HFLM):
     ):
         """Raises `SteeringError` for options that do not fit together, and if nothing is steered;
         and as `load_model` and `load_steering`."""
-        for name in options:
-            check_choice("option of hf_steered", name, _OPTIONS, SteeringError)
+        for name in set(options) - set(_OPTIONS):
+            raise SteeringError(
+                f"hf_steered has no option {name!r}: apart from its own it takes "
+                f"{', '.join(_OPTIONS)}{nearest(name, _OPTIONS)}. Load and steer a model that needs "
+                "another option in Python, and pass the model as pretrained="
+            )
         # The command line makes numbers of what looks like one.
         revision, stored, steering_revision = (
             None if text is None else str(text) for text in (revision, stored, steering_revision)
         )
         self._load = {"revision": revision, "dtype": dtype, "quantization": quantization}
-        if not isinstance(pretrained, str) and set(self._load.values()) != {None}:
+        by_name = isinstance(pretrained, str)
+        if not by_name and set(self._load.values()) != {None}:
             raise SteeringError(
                 "revision, dtype and quantization are for a model that is loaded by its name; "
                 "this one is in memory already"
             )
         if steering is None and {stored, strength, steering_revision} != {None}:
             raise SteeringError("stored, strength and steering_revision need steering=")
-        self._apart: set[tuple[str, str]] = set()  # requests of tasks of steer_nb
-        options = {"softmax_dtype": "float32", **options}
-        super().__init__(pretrained, revision=revision or "main", **options)
-        if steering is not None:
-            loaded = load_steering(self.model, steering, stored=stored, revision=steering_revision)
-            loaded.strength = loaded.strength if strength is None else strength
-        if not steerings(self.model):
+        if steering is None and (by_name or not steerings(pretrained)):
             raise SteeringError(
                 "hf_steered needs a steering: pass steering=, a folder or a Hub id, or evaluate "
                 "the model without one with --model hf"
             )
-        self.model.eval()
+        self._own_tokenizer = None  # of a model that is loaded by its name
+        self._apart: set[tuple[str, str]] = set()  # requests of tasks of steer_nb
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {"device": device, "softmax_dtype": "float32", **options}
+        super().__init__(pretrained, revision=revision or "main", **options)
+        if steering is not None:
+            loaded = load_steering(self.model, steering, stored=stored, revision=steering_revision)
+            loaded.strength = loaded.strength if strength is None else strength
+        self.model.eval()  # the adapters as well
 
     # HFLM calls these three, in this order, for a model that it is given by name.
 
@@ -79,8 +87,7 @@ class SteeredHFLM(HFLM):
         self._config = self._model.config
 
     def _create_tokenizer(self, pretrained, tokenizer, **options) -> None:
-        tokenizer = tokenizer or getattr(self, "_own_tokenizer", None)
-        super()._create_tokenizer(pretrained, tokenizer, **options)
+        super()._create_tokenizer(pretrained, tokenizer or self._own_tokenizer, **options)
 
     def _create_model(self, *_, **__) -> None:
         "`_get_config` has loaded it."
