@@ -46,11 +46,12 @@ class SteeredHFLM(HFLM):
     ):
         """Raises `SteeringError` for options that do not fit together, and if nothing is steered;
         and as `load_model` and `load_steering`."""
-        for name in set(options) - set(_OPTIONS):
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
             raise SteeringError(
-                f"hf_steered has no option {name!r}: apart from its own it takes "
-                f"{', '.join(_OPTIONS)}{nearest(name, _OPTIONS)}. Load and steer a model that needs "
-                "another option in Python, and pass the model as pretrained="
+                f"hf_steered has no option {unknown[0]!r}: apart from its own it takes "
+                f"{', '.join(_OPTIONS)}{nearest(unknown[0], _OPTIONS)}. A model that needs another "
+                "option is loaded and steered in Python, and passed as pretrained="
             )
         # The command line makes numbers of what looks like one.
         revision, stored, steering_revision = (

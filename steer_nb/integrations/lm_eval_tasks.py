@@ -9,6 +9,7 @@ __all__ = ['CHAT_COLUMN', 'to_lm_eval_task']
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -32,7 +33,7 @@ def _check_example(example: Example) -> None:
         )
 
 
-def _delimiter(examples: list[Example]) -> str:
+def _delimiter(examples: Sequence[Example]) -> str:
     "The white space before every choice; an empty string if choices differ in it."
     choices = [choice for example in examples for choice in example.choices]
     found = {choice[: len(choice) - len(choice.lstrip())] for choice in choices}
