@@ -27,8 +27,12 @@ setup(
     install_requires=project["requirements"].split(),
     extras_require={
         "dev": project["dev_requirements"].split(),
+        "lm_eval": project["lm_eval_requirements"].split(),
         "quantized": project["quantized_requirements"].split(),
         "ray": project["ray_requirements"].split(),
     },
-    entry_points={"console_scripts": [project["console_scripts"]]},
+    entry_points={
+        "console_scripts": [project["console_scripts"]],
+        "lm_eval.models": [project["lm_eval_models"]],
+    },
 )

@@ -48,6 +48,7 @@ _PUBLIC = {
     "methods.registry": ("METHODS", "apply_method", "load_method"),
     "methods.tuned": ("tuned_copy",),
     "evaluation.result": ("Result", "evaluate"),
+    "integrations.lm_eval_tasks": ("to_lm_eval_task",),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

@@ -27,6 +27,7 @@ COMMANDS = [
     "tasks",
     "train",
     "evaluate",
+    "lm-eval",
     "generate",
     "chat",
     "push",
@@ -242,7 +243,7 @@ def test_help_has_an_example(command):
 
 
 def test_lists():
-    assert re.findall(r"^│ (\w+)", check("--help"), re.MULTILINE) == COMMANDS
+    assert re.findall(r"^│ (\w[\w-]*)", check("--help"), re.MULTILINE) == COMMANDS
     assert "smollm2-135m" in check("models") and "sst2" in check("tasks")
 
 

@@ -150,6 +150,7 @@ def in_new_interpreter(code: str, **environment: str) -> None:
         ("steer_nb.explore.plots", {"torch", "transformers", "accelerate", "datasets", "peft"}),
         ("steer_nb.training.fit", {"peft", "matplotlib"}),
         ("steer_nb.experiments.grid", {"ray"}),
+        ("steer_nb.integrations.lm_eval_tasks", {"lm_eval"}),
     ],
 )
 def test_an_import_loads_only_what_it_needs(module, forbidden):

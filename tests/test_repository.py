@@ -196,7 +196,9 @@ def test_what_the_library_imports_is_required():
     assert (
         undeclared(
             contents(LIB, "*.py").values(),
-            declared("requirements", "ray_requirements", "quantized_requirements"),
+            declared(
+                "requirements", "ray_requirements", "quantized_requirements", "lm_eval_requirements"
+            ),
         )
         == set()
     )

@@ -22,8 +22,8 @@ from typer.core import TyperGroup
 from .. import __version__
 
 # %% ../../nbs/cli/00_app.ipynb #00000005
-ORDER = ("demo", "models", "tasks", "train", "evaluate", "generate", "chat", "push")  # in the help
-ORDER += ("distill", "experiment", "bench")
+ORDER = ("demo", "models", "tasks", "train", "evaluate", "lm-eval")  # in the help
+ORDER += ("generate", "chat", "push", "distill", "experiment", "bench")
 
 
 class Program(TyperGroup):
