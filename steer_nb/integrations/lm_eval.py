@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..core.errors import SteeringError, nearest
 from ..core.loading import load_steering
-from ..core.positions import prompt_ends
+from ..core.passes import prompt_ends
 from ..core.steering import steerings
 from ..data.models import load_model
 from ..evaluation.choices import EvaluateError
