@@ -13,8 +13,9 @@ _PUBLIC = {
     "core.adapters": ("Adapter", "make_adapter", "adapter_size"),
     "core.positions": ("prompt_ends",),
     "core.config": ("SteeringConfig",),
-    "core.steering": ("Steering", "steer", "steerings"),
+    "core.steering": ("Steering", "SteeringSum", "steer", "steerings"),
     "core.loading": ("load_steering",),
+    "core.arithmetic": ("merge_steerings", "sum_steerings"),
     "testing.tiny_models": ("tiny_model",),
     "theory.updates": ("update_between", "update_from_lora"),
     "theory.first_order": (
