@@ -48,6 +48,7 @@ _PUBLIC = {
     "methods.parts": ("Parts", "compare_parts"),
     "methods.registry": ("METHODS", "apply_method", "load_method"),
     "methods.tuned": ("tuned_copy",),
+    "methods.contrast": ("contrast_vector",),
     "evaluation.result": ("Result", "evaluate"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),

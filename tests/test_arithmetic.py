@@ -102,7 +102,9 @@ def test_the_kind_and_the_rank_of_a_sum():
     one = {kind: filled(model, kind, kind=kind, rank=3) for kind in KINDS}
 
     def found(*kinds):
-        config = sum_steerings(sum(one[kind] for kind in kinds), name="-".join(["sum", *kinds])).config
+        config = sum_steerings(
+            sum(one[kind] for kind in kinds), name="-".join(["sum", *kinds])
+        ).config
         return config.kind, config.rank, config.bias
 
     assert found("vector")[0] == "vector" and found("scale")[0] == "scale"
