@@ -38,7 +38,7 @@ class ContrastError(SteerError):
     "Texts, or activations of texts, from which no vector can be computed."
 
 
-Text = str | tuple[str, str] | Sequence[Mapping]  # a text, (prompt, completion), or messages
+Text = str | tuple[str, str] | list[Mapping]  # a text, (prompt, completion), or messages
 
 
 def _encode(tokenizer, text: Text, where: str) -> Encoded:
@@ -264,7 +264,7 @@ def separation_row(
         "relative": norm / float(acts.square().sum(1).mean().sqrt()),
     }
 
-# %% ../../nbs/methods/09_contrast.ipynb #00000017
+# %% ../../nbs/methods/09_contrast.ipynb #00000018
 MINIMUM = 2  # texts of each class: one is held out while the other is used
 
 
@@ -315,7 +315,8 @@ def contrast_vector(
     "best" reads every layer and steers the one that separates best; "all" steers in all, and their
     vectors add up, so that lower strengths are right. Raises `ContrastError`, and leaves the model
     unchanged, for too few or repeated texts, texts that are too long or have no token at the
-    positions, activations that are not finite or do not differ; and what `steer` raises."""
+    positions, activations that are not finite or do not differ; `TaskError` for an empty part of a
+    pair and messages that the chat template does not accept; and what `steer` raises."""
     _check_texts(positive, negative, method)
     check_steering_name(model, name)
     read = "all" if layers == "best" else layers
