@@ -320,7 +320,7 @@ def test_best_is_the_layer_that_separates_best():
     best = frame.sort_values(["auroc", "d_prime"]).layer.iloc[-1]
     assert found.config.layers == (best,) == (found.separation.best,)
     everywhere = contrast_vector(
-        model, tokenizer_of(), POSITIVE, NEGATIVE, layers=[-1, 0], name="some"
+        model, tokenizer_of(), POSITIVE, NEGATIVE, layers=np.array([-1, 0]), name="some"
     )
     assert everywhere.config.layers == (0, 3) and len(everywhere.separation.rows) == 2
     assert found.separation._repr_png_().startswith(b"\x89PNG")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .adapters import Adapter, Linear, Nonlinear, Scale, Vector
 from .attach import check_steering_name, registry_of
@@ -164,6 +165,18 @@ def _own_heads(config: SteeringConfig, part: BuiltAdapter) -> Sequence[int]:
     return [head for layer, head in config.heads if layer == part.site.layer]
 
 
+def _model_of(parts: Sequence[Steering]) -> nn.Module:
+    "The model that all are on. Raises `SteeringError` if there are several, or one was removed."
+    first = parts[0]
+    for part in parts:
+        if part.config and registry_of(part.model) is not registry_of(first.model):
+            raise SteeringError(
+                f"the steering {part.name!r} is on another model than {first.name!r}: save it, "
+                "and load it on this model"
+            )
+    return first.model
+
+
 def _joined(
     terms: Sequence[tuple[float, Steering]],
     join: Callable[[AffineMap, AffineMap], AffineMap],
@@ -171,14 +184,10 @@ def _joined(
     rank: int | None,
 ) -> Steering:
     "A new steering with the maps of all terms, joined at each site in their order."
-    model, weights, configs, adapters = terms[0][1].model, {}, {}, {}
+    model = _model_of([steering for _, steering in terms])
+    weights, configs, adapters = {}, {}, {}
     for weight, steering in terms:
         configs[steering.name] = steering.config
-        if registry_of(steering.model) is not registry_of(model):
-            raise SteeringError(
-                f"the steering {steering.name!r} is on another model than {terms[0][1].name!r}: "
-                "save it, and load it on this model"
-            )
         adapters[steering.name] = steering.adapters
         weights[steering.name] = weights.get(steering.name, 0.0) + weight * steering.strength
     width = next(iter(adapters[terms[0][1].name].values())).shape[-1]
@@ -212,10 +221,10 @@ def sum_steerings(
     """A new steering whose shift is the weighted sum of the shifts of one activation.
 
     Each term counts with its strength, whether it is enabled or not. The terms must have the same
-    site and positions; where one has no adapter, its shift is zero. The kind is the
-    first that fits: `vector` or `scale` if all terms are; `nonlinear` of the sum of the ranks for
-    terms that are nonlinear with one activation, or vectors; `full` if a term is full or scale and
-    none has a constant; otherwise `linear` of the sum of the ranks, at most the width.
+    site and positions; where one has no adapter, its shift is zero. The kind is the first that
+    fits: `vector` or `scale` if all terms are; `nonlinear` of the sum of the ranks for terms that
+    are nonlinear with one activation, or vectors; `full` if a term is full or scale and none has a
+    constant; otherwise `linear` of the sum of the ranks, at most the width.
 
     The terms stay as they are, and the new steering is disabled: remove or disable them, and set
     its `enabled`. Its attribute `rank_errors` has, by site where the rank was cut, the relative
@@ -237,15 +246,17 @@ def merge_steerings(
     reads what the ones before it have changed. Exact, unless another steering at the same site acts
     between them. Everything else is as in `sum_steerings`: strengths, kinds and ranks, that the new
     steering is disabled, and the errors; also, nonlinear steerings cannot be merged."""
-    names = [part.name if isinstance(part, Steering) else None for part in parts]
-    if len(names) < 2 or len(set(names)) < len(names) or None in names:
-        raise SteeringError(f"merge two or more steerings, each once, not {list(parts)!r}")
+    parts = list(parts)
+    if len(parts) < 2 or not all(isinstance(part, Steering) for part in parts):
+        raise SteeringError(f"merge two or more steerings, not {parts!r}")
+    order, names = list(steerings(_model_of(parts))), [part.name for part in parts]
+    if len(set(names)) < len(names):
+        raise SteeringError(f"merge each steering once, not {', '.join(names)}")
     for part in parts:
         if part.config.kind == "nonlinear":
             raise SteeringError(
                 f"the steering {part.name!r} is nonlinear: no adapter holds it together with one "
                 "that acts before or after it. Leave them all on the model, or see sum_steerings"
             )
-    order = list(steerings(parts[0].model))
     ordered = sorted(parts, key=lambda part: order.index(part.name))
     return _joined([(1.0, part) for part in ordered], AffineMap.then, name, rank)

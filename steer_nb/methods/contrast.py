@@ -79,7 +79,7 @@ def text_activations(
     model: nn.Module,  # any decoder of `transformers`; steerings on it stay on
     tokenizer,
     texts: Mapping[str, Text],  # by what messages call them
-    positions: str = "last",  # which tokens are averaged, see above
+    positions: str = "last",  # all, last, prefix:k, suffix:k of the text; prompt, completion
     site: str = "block",  # one of `SITES`
     layers: str | Sequence[int] = "all",
     batch_size: int = 16,
@@ -300,7 +300,7 @@ def contrast_vector(
     positive: Sequence[Text],  # texts, (prompt, completion) tuples or lists of chat messages
     negative: Sequence[Text],  # with "pca" as many, the i-th belongs to the i-th positive one
     method: str = "mean",  # "mean", "pca" or "probe"
-    positions: str = "last",  # the tokens that are read: see "Which tokens are read"
+    positions: str = "last",  # the tokens that are read and averaged, as in `text_activations`
     *,
     layers: str | Sequence[int] = "best",  # where to steer: "best", "all", or layer numbers
     site: str = "block",  # where to read and steer: one of `SITES`
@@ -319,7 +319,8 @@ def contrast_vector(
     pair and messages that the chat template does not accept; and what `steer` raises."""
     _check_texts(positive, negative, method)
     check_steering_name(model, name)
-    read = "all" if layers == "best" else layers
+    choose = isinstance(layers, str) and layers == "best"
+    read = "all" if choose else layers
     texts = {f"positive {number}": text for number, text in enumerate(positive)}
     texts |= {f"negative {number}": text for number, text in enumerate(negative)}
     acts = text_activations(model, tokenizer, texts, positions, site, read, batch_size)
@@ -327,7 +328,7 @@ def contrast_vector(
     for at, act in acts.items():
         classes = act[: len(positive)], act[len(positive) :]
         difference = _mean_direction(*classes)
-        if difference.norm() <= 1e-6 * act.norm() / len(act) ** 0.5:
+        if difference.norm() <= 1e-5 * act.norm() / len(act) ** 0.5:
             raise ContrastError(
                 f"positive and negative texts have the same activations at {at}: positions="
                 f"{positions!r} reads tokens that do not differ"
@@ -336,7 +337,7 @@ def contrast_vector(
         rows.append({"layer": at.layer, **separation_row(*classes, method)})
     what = f"{method}, {positions} at {site!r}, {len(positive)} and {len(negative)} texts"
     separation = Separation(tuple(rows), what)
-    chosen = [separation.best] if layers == "best" else [at.layer for at in acts]
+    chosen = [separation.best] if choose else [at.layer for at in acts]
     steering = steer(model, kind="vector", site=site, layers=chosen, name=name)
     for at, adapter in steering.adapters.items():
         adapter.vector.data.copy_(vectors[at])
