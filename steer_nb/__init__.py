@@ -13,8 +13,9 @@ _PUBLIC = {
     "core.adapters": ("Adapter", "make_adapter", "adapter_size"),
     "core.passes": ("prompt_ends",),
     "core.config": ("SteeringConfig",),
-    "core.steering": ("Steering", "steer", "steerings"),
+    "core.steering": ("Steering", "SteeringSum", "steer", "steerings"),
     "core.loading": ("load_steering",),
+    "core.arithmetic": ("merge_steerings", "sum_steerings"),
     "testing.tiny_models": ("tiny_model",),
     "theory.updates": ("update_between", "update_from_lora"),
     "theory.first_order": (
@@ -47,6 +48,7 @@ _PUBLIC = {
     "methods.parts": ("Parts", "compare_parts"),
     "methods.registry": ("METHODS", "apply_method", "load_method"),
     "methods.tuned": ("tuned_copy",),
+    "methods.contrast": ("contrast_vector",),
     "evaluation.result": ("Result", "evaluate"),
     "integrations.lm_eval_tasks": ("to_lm_eval_task",),
     "experiments.store": ("Spec", "Store"),
