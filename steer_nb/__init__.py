@@ -48,6 +48,7 @@ _PUBLIC = {
     "methods.registry": ("METHODS", "apply_method", "load_method"),
     "methods.tuned": ("tuned_copy",),
     "evaluation.result": ("Result", "evaluate"),
+    "evaluation.side_effects": ("SideEffects", "side_effects"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

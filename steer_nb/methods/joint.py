@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from ..training.retain import peft_off
 from torch import nn
 
 from ..core.base_model import describe_base
@@ -291,13 +292,8 @@ class Joint(Method):
             with _swapped(self.weights, self.start):
                 yield
             return
-        flags = {parameter: parameter.requires_grad for parameter in self.weights.values()}
-        try:
-            with self.model.disable_adapter():
-                yield
-        finally:
-            for parameter, flag in flags.items():  # PEFT sets them all
-                parameter.requires_grad_(flag)
+        with peft_off(self.model):
+            yield
 
 # %% ../../nbs/methods/05_joint.ipynb #0000000d
 def joint(
