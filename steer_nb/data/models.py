@@ -335,6 +335,8 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     name = getattr(model, "_steer_nb_short_name", known_as)
     revision = getattr(model.config, "_commit_hash", None)
     try:
+        if not name:
+            raise AssetError("it has no name")
         source, commit = _source(name, revision if re.fullmatch(HUB_ID, name) else None)
         return _load_tokenizer(source, commit)
     except AssetError as error:
