@@ -169,7 +169,7 @@ def _sides(
     changed = model if change is None else as_method(change).model
     if blocks(changed) is not blocks(model):
         return model, nullcontext, changed
-    if other_parameters(changed):
+    if change is not None and other_parameters(changed):
         raise EvaluateError(
             "weights of the model itself are trained, so the unchanged model does not exist any "
             "more: pass an unchanged copy as the first argument, such as load_model gives"
