@@ -251,9 +251,10 @@ def side_effects(
 ) -> SideEffects:
     """What a steering, or another change, does to unrelated texts, and to the score of a task.
 
-    Of a text longer than the model's context the first tokens are used. Each text is a completion
-    without a prompt, for steerings that act on some positions only. Under a launcher all processes
-    call it.
+    Of a text longer than the model's context the first tokens are used. A text is a completion
+    without a prompt: of a steering that acts on the prompt's tokens, use examples. A continuation
+    begins after the prompt of an example, or after the first half of a text if that is longer.
+    Under a launcher all processes call it.
 
     Raises `EvaluateError` if there is nothing to compare, for NaN logits and different
     vocabularies; `AssetError` if no tokenizer is found; `TaskError` if there are no texts, for a
