@@ -116,7 +116,7 @@ def _measurement(records: Sequence[dict], name: str, settings: dict) -> dict | N
 # %% ../../nbs/experiments/15_statistics.ipynb #607d6ccf
 _COLUMNS = ("model", "task", "split", "arm", "accuracy", "interval", "difference")
 _COLUMNS += ("difference_interval", "n", "seeds", "lr", "trainable", "share", "seconds", "memory")
-_COLUMNS += ("kl", "loss_change", "agreement")
+_COLUMNS += ("kl", "loss_change", "agreement")  # only if a row has them
 _FORMATS = {"accuracy": ".3f", "validation": ".3f", "difference": "+.3f", "share": ".3%"}
 _FORMATS |= {"trainable": ",.0f", "n": ",.0f", "memory": ",.0f", "seconds": ".1f"}
 _FORMATS |= {"kl": ".4f", "loss_change": "+.4f", "agreement": ".3f"}
@@ -195,7 +195,6 @@ def _row(
     row |= {"seeds": "failed" if chosen.failed else seeds, "lr": chosen.lr, "edge": chosen.edge}
     row |= {"validation": chosen.accuracy}
     row |= dict.fromkeys(("trainable", "share", "seconds", "memory", "device"))
-    row |= dict.fromkeys(("kl", "loss_change", "agreement"))
     if not tests:
         return row
     right = correct_matrix(tests)
