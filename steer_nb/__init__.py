@@ -51,6 +51,7 @@ _PUBLIC = {
     "methods.contrast": ("contrast_vector",),
     "evaluation.result": ("Result", "evaluate"),
     "integrations.lm_eval_tasks": ("to_lm_eval_task",),
+    "evaluation.side_effects": ("SideEffects", "side_effects"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

@@ -147,6 +147,21 @@ def test_the_demonstration_on_the_real_model(tmp_path):
 # Training
 
 
+def test_train_with_retained_texts(tiny, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    rows = [f'{{"text": "[MIN {n} {n + 1} ] = {n}"}}' for n in range(8)]
+    texts.write_text("\n".join(rows))
+    words = "train", "--model", tiny, "--task", "listops", "--n-train", 32, "--lr", 0.01
+    folder = tmp_path / "run"
+    out = check(*words, "--output", folder, "--retain", texts, "--retain-weight", 0.5)
+    record = json_of(folder / "run.json")
+    assert record["retain_weight"] == 0.5 and record["examples"]["retain"] == 8
+    assert record["curve"][0]["kl"] == 0 < record["curve"][-1]["kl"]
+    assert "KL on 8 retained texts" in out
+    code, _, err = run(*words, "--output", tmp_path / "other", "--retain", tmp_path / "none.jsonl")
+    assert code == 1 and "none.jsonl" in err
+
+
 def test_train_as_a_process_of_its_own(tiny, tmp_path):
     "`python -m steer_nb`, as a user or a launcher starts it."
     words = f"train --model {tiny} --task listops --n-train 16 --kind vector --site mlp"

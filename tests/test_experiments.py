@@ -583,6 +583,29 @@ def test_a_cost_is_measured_in_a_process_of_its_own(whole, tmp_path):
     assert cost["seconds"] > 0 and 100 < cost["memory"] < 5000
 
 
+def test_side_effects_are_in_test_records_and_can_be_added_to_earlier_ones(whole, tmp_path):
+    "A store of schema 1 is read; training its runs once more gives the same numbers."
+    tests = records_of(Store(whole).records(), "test").values()
+    assert {"unrelated" in test for test in tests if test["spec"]["method"] != "zero_shot"} == {
+        True
+    }
+    earlier, said = Store(tmp_path), []
+    for record in Store(whole).records():
+        record = {name: value for name, value in record.items() if name != "unrelated"}
+        earlier.append(record | {"schema": 1})
+    expected = statistics.table(GRID, whole).frame.set_index("arm")
+    columns = ["kl", "loss_change", "agreement"]
+    assert not set(columns) & set(statistics.table(GRID, earlier).frame)
+    statistics.measure_side_effects(GRID, earlier, seeds=1, say=said.append)
+    statistics.measure_side_effects(GRID, earlier, seeds=len(GRID.seeds), say=said.append)
+    found = statistics.table(GRID, earlier).frame.set_index("arm")
+    assert found[columns].equals(expected[columns]) and (found.kl[list(GRID.arms)] > 0).all()
+    statistics.measure_side_effects(GRID, Store(whole), seeds=1, say=said.append)  # nothing to do
+    assert len(said) == len(GRID.arms) * (1 + len(GRID.seeds))
+    shown = statistics.table(GRID, earlier).markdown()
+    assert "loss_change" in shown
+
+
 # The testbed
 
 

@@ -44,7 +44,10 @@ CHOICES = replace(
 )
 
 
-def work(folder, method, own="", signalled=None, evaluated=False, broken=None):
+TEXTS = ["1 2 3 4 5", "max of 3 7 = 7", "9 8 7 6 5 4", "5 5", "0 1 2 3 4 5 6 7"]
+
+
+def work(folder, method, own="", signalled=None, evaluated=False, broken=None, retain=None):
     "In each process: train, perhaps evaluate, and print the observations as JSON."
     warnings.simplefilter("ignore")
     rank = int(os.environ.get("RANK", 0))
@@ -66,7 +69,7 @@ def work(folder, method, own="", signalled=None, evaluated=False, broken=None):
         method.after_step = signal_after_four
     config = TrainConfig(lr=1e-2, epochs=2, batch_size=4, accumulation_steps=2)
     folder = folder + own * rank
-    run = fit(method, tokenizer, toy, config, output=folder, checkpoint_every=0)
+    run = fit(method, tokenizer, toy, config, output=folder, checkpoint_every=0, retain=retain)
     sharded = [isinstance(parameter, DTensor) for parameter in method.model.parameters()]
     fields = ("stopped", "resumed", "processes", "curve", "validation")
     said = {name: getattr(run, name) for name in fields}
@@ -221,6 +224,19 @@ def test_fsdp_trains_and_saves_whole_tensors(alone, tmp_path, method):
     check_equal(folder, first, *alone(method))
     assert outcomes(first["choices"]) == outcomes(second["choices"])
     assert len(first["choices"]) == 29 and first["texts"] == second["texts"]
+
+
+@pytest.mark.parametrize(
+    "method, fsdp", [("lora", None), ("post_block_linear", "2"), ("full", "2")]
+)
+def test_two_processes_retain_the_same_texts(tmp_path, method, fsdp):
+    "Five texts in passes of four: the process that has none in a pass takes part in it."
+    [expected] = finish(launch(1, tmp_path / "one", method, retain=TEXTS))
+    said, _ = finish(launch(2, tmp_path / "two", method, fsdp, retain=TEXTS))
+    check_equal(tmp_path / "two", said, tmp_path / "one", expected)
+    pairs = zip(said["curve"], expected["curve"], strict=True)
+    assert all(abs(a["kl"] - b["kl"]) < 1e-9 for a, b in pairs)
+    assert expected["curve"][-1]["kl"] > 1e-6
 
 
 def test_one_process_resumes_what_two_began(alone, tmp_path):

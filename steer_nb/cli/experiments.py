@@ -56,6 +56,14 @@ def experiment(
             help="At the end train each method once more, alone, to measure seconds and memory.",
         ),
     ] = False,
+    side_effects: Annotated[
+        bool,
+        typer.Option(
+            "--side-effects",
+            help="At the end measure what each method changes on unrelated texts, for tests of an "
+            "earlier version, which did not: train each of them once more.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -68,7 +76,7 @@ def experiment(
     Learning rates are chosen on validation, and each test set is evaluated once."""
     from steer_nb.experiments.grid import run_grid
     from steer_nb.experiments.presets import preset as preset_named
-    from steer_nb.experiments.statistics import measure_costs, table
+    from steer_nb.experiments.statistics import measure_costs, measure_side_effects, table
 
     grid = preset_named(preset or name)
     grid = replace(
@@ -86,6 +94,8 @@ def experiment(
     done = run_grid(grid, folder, say=typer.echo, again=again, **where)
     if costs:
         measure_costs(grid, done, say=typer.echo)
+    if side_effects:
+        measure_side_effects(grid, done, seeds=len(grid.seeds), say=typer.echo)
     baseline = "lora" if "lora" in grid.arms else next(iter(grid.arms))
     typer.echo(table(grid, done, against or baseline))
 

@@ -124,6 +124,16 @@ def train(
             "(an unknown name lists them). --rank and --seed apply if the method has them."
         ),
     ] = None,
+    retain: Annotated[
+        str | None,
+        typer.Option(
+            help="Texts whose predictions are to be kept, in a file like --data: with a column "
+            "text, or with examples, of which the completions count."
+        ),
+    ] = None,
+    retain_weight: Annotated[
+        float, typer.Option(min=0, help="Weight in the loss of the KL on these texts.")
+    ] = 1.0,
     dtype: Dtype = None,
     quantization: Quantization = None,
     checkpoint_every: Annotated[
@@ -156,6 +166,10 @@ def train(
     own = (task, data, columns, choices, metric, seed)
     examples = load_examples(*own, model=loaded, tokenizer=tokenizer, n_train=n_train)
     say_report(examples)
+    kept = None
+    if retain is not None:
+        own = (None, retain, None, None, None, seed, True)
+        kept = load_examples(*own, model=loaded, tokenizer=tokenizer).test
     if method is None:
         trained = loaded
         say(steer(loaded, config))
@@ -170,6 +184,8 @@ def train(
         overwrite=overwrite,
         restart=restart,
         checkpoint_every=checkpoint_every,
+        retain=kept,
+        retain_weight=retain_weight,
     )
     say(run)
     if run.stopped:

@@ -75,7 +75,7 @@ def spread(values: torch.Tensor, h: torch.Tensor, layout: str) -> torch.Tensor:
         values = values.flatten()  # all tokens in one row
     if tuple(h.shape[: values.ndim]) != values.shape and layout != "streams first":
         raise SteeringError(
-            f"the tokens of an activation of shape {tuple(h.shape)} are unknown: it does not begin "
+            f"the tokens are unknown in an activation of shape {tuple(h.shape)}: it does not begin "
             f"with (batch, seq) = {tuple(values.shape)}"
         )
     return values.reshape(*values.shape, *[1] * (h.ndim - values.ndim))

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'correct_matrix', 'bootstrap_draws', 'percentile_interval', 'test_records', 'number_of_tests',
-           'selected_runs', 'measured', 'Table', 'table', 'measure_costs']
+           'selected_runs', 'measured', 'Table', 'table', 'measure_costs', 'measure_side_effects']
 
 # %% ../../nbs/experiments/15_statistics.ipynb #14c794c6
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -25,7 +27,7 @@ from ..core.errors import check_choice
 from ..core.tables import markdown_table
 from .grid import only_driver
 from .jobs import Experiment, Selection, select
-from .runner import train_run
+from .runner import train_run, trained, unrelated_effects
 from .store import ExperimentError, Spec, Store, canonical_json, records_of
 
 # %% ../../nbs/experiments/15_statistics.ipynb #bda0c7ae
@@ -114,8 +116,10 @@ def _measurement(records: Sequence[dict], name: str, settings: dict) -> dict | N
 # %% ../../nbs/experiments/15_statistics.ipynb #607d6ccf
 _COLUMNS = ("model", "task", "split", "arm", "accuracy", "interval", "difference")
 _COLUMNS += ("difference_interval", "n", "seeds", "lr", "trainable", "share", "seconds", "memory")
+_COLUMNS += ("kl", "loss_change", "agreement")  # only if a row has them
 _FORMATS = {"accuracy": ".3f", "validation": ".3f", "difference": "+.3f", "share": ".3%"}
 _FORMATS |= {"trainable": ",.0f", "n": ",.0f", "memory": ",.0f", "seconds": ".1f"}
+_FORMATS |= {"kl": ".4f", "loss_change": "+.4f", "agreement": ".3f"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -210,7 +214,25 @@ def _row(
             "memory": max(run["memory"] or 0 for run in runs) or None,
             "device": first["device"],
         }
+    row |= _unrelated(records, tests)
     return row | (_measurement(records, "cost", {"spec": tests[0]["id"]}) or {})
+
+
+def _unrelated(records: list[dict], tests: list[dict]) -> dict:
+    "The side effects on unrelated texts, as means over the seeds for which they were measured."
+    found = [
+        test.get("unrelated") or _measurement(records, "unrelated", {"spec": test["id"]})
+        for test in tests
+    ]
+    found = [one for one in found if one]
+    if not found:
+        return {}
+    changes = [math.log(after / before) for before, after in (one["perplexity"] for one in found)]
+    return {
+        "kl": sum(one["kl"] for one in found) / len(found),
+        "loss_change": sum(changes) / len(found),
+        "agreement": sum(one["agreement"] for one in found) / len(found),
+    }
 
 
 def _paired(tests: list[dict], others: list[dict]) -> np.ndarray | None:
@@ -258,3 +280,30 @@ def _train_alone(spec: Spec, threads: int) -> dict:
         "memory": run.peak_memory and round(run.peak_memory),
         "device": run.device,
     }
+
+# %% ../../nbs/experiments/15_statistics.ipynb #7e400002
+def measure_side_effects(
+    experiment: Experiment,
+    store: Store | str | os.PathLike,
+    seeds: int = 1,  # how many of each method's tested runs are measured
+    say: Callable[[str], None] | None = print,
+) -> None:
+    "Measure the side effects of tested runs whose record lacks them, and store them."
+    store = Store.of(store)
+    with only_driver(store):
+        tests = records_of(store.records(), "test")
+        for number in range(seeds):  # first one seed of every method
+            for cell in experiment.cells():
+                for spec in selected_runs(experiment, store, *cell)[number : number + 1]:
+                    if "unrelated" in tests[spec.id]:
+                        continue
+                    settings = {"spec": spec.id}
+                    found = measured(store, "unrelated", settings, partial(_effects, spec))
+                    if say:
+                        say(f"{spec}: KL {found['kl']:.4f} nats per token")
+
+
+def _effects(spec: Spec) -> dict:
+    "Train a run once more, and measure its side effects."
+    with tempfile.TemporaryDirectory() as folder:
+        return unrelated_effects(*trained(Store(folder), spec), spec)

@@ -112,7 +112,7 @@ class Spec:
         return f"{self.model} {name} {self.method}{trained}"
 
 # %% ../../nbs/experiments/10_store.ipynb #1b50408b
-SCHEMA = 1
+SCHEMA = 2  # 1 had no "unrelated" in its test records
 
 
 class Store:

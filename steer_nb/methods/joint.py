@@ -33,6 +33,7 @@ from .rows import restored_on_error
 from .shifts import steering_size
 from ..training.config import SCHEDULES
 from ..training.method import Group, Method
+from ..training.retain import peft_off
 
 # %% ../../nbs/methods/05_joint.ipynb #00000008
 PARTNERS, PROJECTIONS = ("lora", "dora", "full"), ("steps", "epoch", "once", "never", "penalty")
@@ -291,13 +292,8 @@ class Joint(Method):
             with _swapped(self.weights, self.start):
                 yield
             return
-        flags = {parameter: parameter.requires_grad for parameter in self.weights.values()}
-        try:
-            with self.model.disable_adapter():
-                yield
-        finally:
-            for parameter, flag in flags.items():  # PEFT sets them all
-                parameter.requires_grad_(flag)
+        with peft_off(self.model):
+            yield
 
 # %% ../../nbs/methods/05_joint.ipynb #0000000d
 def joint(

@@ -7,6 +7,7 @@ __all__ = ['SCHEMA', 'LARGEST', 'Run', 'device_name', 'resident_memory', 'reset_
            'package_versions', 'model_name']
 
 # %% ../../nbs/training/06_run.ipynb #977456df
+import json
 import os
 import platform
 from contextlib import suppress
@@ -23,7 +24,7 @@ from ..core.files import read_json, write_json
 from .config import TrainConfig, TrainError
 
 # %% ../../nbs/training/06_run.ipynb #d071385f
-SCHEMA = 4  # 1 had none of the last seven fields, 2 not the last two, 3 not the last one
+SCHEMA = 5  # 1 had none of the last eight fields, 2 not the last three, and so on
 LARGEST = 1 << 26  # the most bytes of a record: 400,000 steps
 
 
@@ -34,7 +35,7 @@ class Run:
     task: str  # its name
     fingerprint: str  # of the task's examples in all splits
     model: str  # the base model's name
-    examples: dict[str, int]  # how many in "train" and in "validation"
+    examples: dict[str, int]  # how many in "train", in "validation" and, if there are, in "retain"
     config: TrainConfig
     precision: str  # what was computed in: "float32", "bfloat16" or "float16"
     parameters: int  # of the model, adapters included
@@ -42,7 +43,9 @@ class Run:
     steerings: dict[str, dict]  # the configurations of the steerings on the model, by name
     steps: int  # made, without skipped ones
     best_step: int | None  # the step whose parameters were kept; None: no validation
-    curve: list[dict]  # a step: step, epoch, loss (nats per token), lr, grad_norm, tokens, examples
+    # A step: step, epoch, loss (nats per token), lr, grad_norm, tokens, examples, and with retained
+    # texts their kl (nats per token).
+    curve: list[dict]
     validation: list[dict]  # a validation: step (0: before training) and loss (nats per token)
     seconds: dict[str, float]  # of "training" and of "validation"
     peak_memory: float | None  # MiB: of the GPU, or of the whole process on a CPU
@@ -56,6 +59,10 @@ class Run:
     revision: str | None  # the commit of the base model, if it came from the Hub
     validation_available: int  # examples in the task's validation split, used or not
     weights: str | None  # of the base model: dtypes, and the quantization; None: not recorded
+    retain_weight: float | None = None  # of the KL on retained texts; None: there are none
+
+    def __post_init__(self):  # as it will be read: JSON has no tuples
+        object.__setattr__(self, "steerings", json.loads(json.dumps(self.steerings)))
 
     @property
     def share(self) -> float:
@@ -74,8 +81,11 @@ class Run:
             steps = f"stopped by {self.stopped} after {self.steps} of {self.planned} steps"
         parts = [f"{self.trainable:,} parameters trained ({self.share:.3%})", steps]
         if self.curve:
-            first, last = self.curve[0]["loss"], self.curve[-1]["loss"]
-            parts.append(f"training loss {first:.3f} → {last:.3f}")
+            first, last = self.curve[0], self.curve[-1]
+            parts.append(f"training loss {first['loss']:.3f} → {last['loss']:.3f}")
+            if "kl" in last:
+                texts = self.examples["retain"]
+                parts.append(f"KL on {texts} retained texts {last['kl']:.2g} nats per token")
         if self.validation:
             before = self.validation[0]["loss"]
             best = f"{self.best_loss:.3f} (best, after step {self.best_step})"
@@ -110,8 +120,9 @@ class Run:
         if schema == 1:
             later = {"stopped": None, "resumed": [], "skipped": 0, "revision": None}
             content |= {"planned": content.get("steps"), **later}
-        first = {"validation_available": 3, "weights": 4}  # the first schema with a field
-        known = schema in (1, 2, 3, SCHEMA) and {
+        # The first schema with a field:
+        first = {"validation_available": 3, "weights": 4, "retain_weight": 5}
+        known = schema in (1, 2, 3, 4, SCHEMA) and {
             field.name for field in fields(cls) if first.get(field.name, 1) <= schema
         }
         if set(content) != known:
