@@ -29,6 +29,7 @@ setup(
         "dev": project["dev_requirements"].split(),
         "quantized": project["quantized_requirements"].split(),
         "ray": project["ray_requirements"].split(),
+        "trl": project["trl_requirements"].split(),
     },
     entry_points={"console_scripts": [project["console_scripts"]]},
 )

@@ -48,6 +48,7 @@ _PUBLIC = {
     "methods.registry": ("METHODS", "apply_method", "load_method"),
     "methods.tuned": ("tuned_copy",),
     "evaluation.result": ("Result", "evaluate"),
+    "integrations.trl": ("reference_model", "use_reference"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

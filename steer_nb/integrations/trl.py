@@ -49,7 +49,9 @@ class ReferenceModel(nn.Module):
             for name in steerings(self.model)
             for part in site_adapters(self.model, name)
         }
-        for name, site in self.kept.keys() - parts.keys():
+        lost = self.kept.keys() - parts.keys()
+        if lost:
+            name, site = min(lost)
             raise SteeringError(
                 f"the steering {name!r} is no longer at layer {site.layer} of the model, and the "
                 "reference was made with it: make a new one with reference_model()"
@@ -79,15 +81,16 @@ class ReferenceModel(nn.Module):
         # separately. It did the same to the policy, which knows the same arguments.
         return type(self).forward(self, *args, **kwargs)
 
-    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors that the output of the reference depends on; none is a copy of the base's.
 
         TRL hashes them to name its cache of the reference's log-probabilities."""
-        described = repr([(key, *rest) for key, (_, *rest) in self.kept.items()])
+        configs = [steering.config for steering in steerings(self.model).values()]
+        switches = [(key, *rest) for key, (_, *rest) in self.kept.items()]
         with self._acting():
-            tensors = self.model.state_dict(*args, **kwargs)
-        tensors["reference"] = torch.tensor(list(described.encode()), dtype=torch.uint8)
-        return tensors
+            tensors = self.model.state_dict()
+        described = repr((configs, switches)).encode()
+        return {**tensors, "reference": torch.tensor(list(described), dtype=torch.uint8)}
 
 
 def reference_model(
