@@ -52,6 +52,7 @@ _PUBLIC = {
     "evaluation.result": ("Result", "evaluate"),
     "integrations.lm_eval_tasks": ("to_lm_eval_task",),
     "evaluation.side_effects": ("SideEffects", "side_effects"),
+    "integrations.trl": ("reference_model", "use_reference"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

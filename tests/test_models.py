@@ -225,7 +225,7 @@ def test_a_gguf_file(ready, original, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = original(inputs["input_ids"]).logits
         assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)  # float32, two models
-    monkeypatch.setattr("steer_nb.data.models._convert_model", no_download)
+    monkeypatch.setattr("steer_nb.data.gguf_models._convert_model", no_download)
     model, _ = load_model(str(tmp_path / "my model.gguf"), device="cpu")
     steer(model).save(tmp_path / "steering")
     base = json.loads((tmp_path / "steering" / "steering_config.json").read_text())["base"]

@@ -6,17 +6,12 @@
 __all__ = ['DTYPES', 'load_model', 'find_tokenizer']
 
 # %% ../../nbs/data/01_models.ipynb #08e98e3f
-import io
-import json
 import re
-import sys
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
 from safetensors import SafetensorError
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from .gguf_models import converted_folder, no_progress_bars
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,98 +24,10 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from ..core.errors import check_choice, nearest
-from ..core.files import read_json, write_json
+from ..core.files import read_json
 from ..core.hub import HUB_ID
 from ..core.quantized import make_differentiable, quantization_config, quantized_layers
-from steer_nb.data.wheels import (
-    MODELS,
-    AssetError,
-    assemble,
-    file_sha256,
-    keep_in_cache,
-    kept_in_cache,
-    work_folder,
-)
-
-# %% ../../nbs/data/01_models.ipynb #773ad95f
-_SPLITS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
-
-
-@contextmanager
-def _no_progress_bars():
-    "Without the progress bars of transformers, which a notebook would store."
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
-def _convert_tokenizer(gguf: Path, target: Path) -> None:
-    "Write the tokenizer in a GGUF file to the folder `target`."
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    fields = GGUFReader(gguf).fields
-    split = _SPLITS.get(fields["tokenizer.ggml.pre"].contents())
-    if split is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = split
-    architecture = fields["general.architecture"].contents()
-    tokenizer.model_max_length = fields[f"{architecture}.context_length"].contents()
-    tokenizer.save_pretrained(target)
-    tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"), pretty=False)
-    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings |= {
-        "tokenizer_class": "TokenizersBackend",
-        "padding_side": tokenizer.padding_side,
-        "added_tokens_decoder": {},
-    }
-    write_json(target / "tokenizer_config.json", settings)
-
-
-def _convert_model(gguf: Path, target: Path) -> None:
-    "Write the dequantized weights in a GGUF file to the folder `target`, in float32."
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
-    config = type(loaded.config).from_dict(settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(target)
-
-
-_CONVERSION = 1  # increased when the conversion changes, so that old copies are not used
-
-
-def _converted(name: str | Path) -> Path:
-    """The folder with the safetensors copy of a pinned model or a GGUF file, made the first time.
-
-    Raises `AssetError` for a file that transformers cannot read."""
-    own = None if name in MODELS else Path(name).expanduser().resolve()
-    digest = MODELS[name].sha256 if own is None else file_sha256(own)
-    known_as = name if own is None else re.sub(r"[^\w.-]", "_", own.stem)[:80]
-    target = kept_in_cache("models", known_as, digest, f"-v{_CONVERSION}")
-    if target.is_dir():
-        return target
-    with work_folder(known_as) as folder:
-        if target.is_dir():  # another process has finished it while this one waited
-            return target
-        doing = "downloading and converting" if own is None else "converting"
-        print(f"{doing} {known_as}, once; this takes about a minute", file=sys.stderr, flush=True)
-        fetched = kept_in_cache("gguf", known_as, digest, ".gguf") if own is None else own
-        gguf = fetched if fetched.is_file() else assemble(name, folder)
-        # The progress bar of the dequantization cannot be switched off.
-        try:
-            with _no_progress_bars(), redirect_stderr(io.StringIO()):
-                _convert_tokenizer(gguf, folder / "model")
-                _convert_model(gguf, folder / "model")
-        except Exception as error:  # readers of damaged files raise many kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise AssetError(f"transformers cannot load {str(name)!r}: {reason}") from error
-        keep_in_cache(folder / "model", target)
-    return target
+from .wheels import MODELS, AssetError
 
 # %% ../../nbs/data/01_models.ipynb #b00bd3c9
 def _commit(name: str, revision: str | None) -> str | None:
@@ -141,7 +48,7 @@ def _source(name: str | Path, revision: str | None) -> tuple[str | Path, str | N
     if revision and (pinned or local):
         raise AssetError(f"revision {revision!r} is for Hub ids; {str(name)!r} has only one")
     if pinned or (folder.suffix == ".gguf" and folder.is_file()):
-        return _converted(name), None
+        return converted_folder(name), None
     if local and (folder / "config.json").is_file():
         return folder, None
     if local:
@@ -324,7 +231,7 @@ def load_model(
         options["quantization_config"] = quantization_config(quantization, options["dtype"], device)
         options["device_map"] = {"": device}  # weights are quantized where they will be used
     source, commit = _source(name, revision)
-    with _no_progress_bars():
+    with no_progress_bars():
         tokenizer = _load_tokenizer(source, commit)
         model = _load_weights(source, options, commit)
     model.config._commit_hash = commit
