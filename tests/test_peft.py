@@ -2,6 +2,8 @@
 
 Merging rounds once more in float32: 1e-5 is allowed, as for PEFT alone."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -126,6 +128,17 @@ def test_add_adapter_of_transformers(tmp_path):
     assert torch.allclose(logits(model), base, atol=1e-6)
     steering.enabled = True
     assert (logits(model) - both).abs().max() > 1e-2
+
+
+def test_steering_what_is_inside_a_peft_model_warns():
+    "The wrapper does not know of it; a merged model and one with add_adapter are no wrappers."
+    adapted = lora(tiny_model("llama"))
+    with pytest.warns(UserWarning, match="steer the PeftModel"):
+        steer(adapted.get_base_model(), kind="vector")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        steer(lora(tiny_model("llama")), kind="vector")
+        steer(lora(tiny_model("llama")).merge_and_unload(), kind="vector")
 
 
 def test_adapters_that_were_thrown_away_are_an_error():

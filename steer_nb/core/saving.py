@@ -9,6 +9,7 @@ __all__ = ['TRAINER_STATE', 'write_steerings', 'restore_steerings', 'save_with_m
 import functools
 import json
 import os
+import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -136,7 +137,16 @@ def _load_adapter(model, model_id, *args, **kwargs):
 
 def save_with_model(model: nn.Module) -> None:
     "Have the models that are called directly save and load their steerings."
-    for caller in registered(model):
+    callers = registered(model)
+    wrapped = any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
+    native = getattr(model, "_hf_peft_config_loaded", False)
+    if wrapped and not native and not any(map(_is_peft_model, callers)):
+        warnings.warn(
+            "this model is inside a PeftModel, which does not save or load this steering, and "
+            "calls the model past its hooks: steer the PeftModel instead",
+            stacklevel=4,
+        )
+    for caller in callers:
         if hasattr(caller, "save_pretrained"):
             caller.save_pretrained = partial(_save_pretrained, caller)
         if _is_peft_model(caller):

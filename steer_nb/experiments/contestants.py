@@ -60,7 +60,7 @@ ROUNDS = {  # turns per repetition: short ones are repeated more often
     "training": 1,
     "forward": 12,
     "decode": 24,
-    "rows": 6,
+    "rows": 2,
     "evaluation": 1,
 }
 CONTESTANTS: dict[str, Contestant] = {
