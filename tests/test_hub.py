@@ -182,7 +182,7 @@ def test_other_tools_find_the_base_model(hub, tmp_path):
         from steer_nb.data import models
 
         # The short name with a small model in place of the real weights.
-        models._converted = lambda name: models.Path({str(base)!r})
+        models.converted_folder = lambda name: models.Path({str(base)!r})
         model, tokenizer = load_model("smollm2-135m", device="cpu")
         get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained("lora")
         loaded = AutoPeftModelForCausalLM.from_pretrained("lora")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from accelerate.utils import gather_object
-from ..core.passes import prompt_ends
 from torch import distributed, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.errors import SteerError, check_number
 from ..core.model_state import accepts, context_length, evaluating
+from ..core.passes import prompt_ends
 from ..data.encoding import Encoded, encode_choices, pad_batch
 from ..data.examples import Example
 from ..training.loss import logits_at
