@@ -369,3 +369,12 @@ def test_capture_sees_the_sum_of_the_shifts():
     expected = 3 * a.adapters[site].vector - b.adapters[site].vector
     moved = (seen["total"] - seen["base"]).flatten(0, 1)
     torch.testing.assert_close(moved, expected.expand_as(moved), **EXACT)
+
+
+def test_layers_that_all_parts_skip():
+    model = tiny_model("llama", num_hidden_layers=4)
+    a, b = (
+        steer(model, kind="vector", skip=skip, name=n) for n, skip in (("a", (0, 1)), ("b", (0,)))
+    )
+    assert [site.layer for site in sum_steerings(a + 0.5 * b).adapters] == [1, 2, 3]
+    assert [site.layer for site in sum_steerings(2 * a, name="twice").adapters] == [2, 3]

@@ -62,6 +62,21 @@ def test_padding_on_the_left_equals_padding_on_the_right(measure, name):
     assert torch.allclose(left, right, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("measure", [loss, scores, divergence])
+def test_a_label_on_the_first_token_is_not_predicted_from_padding(measure, monkeypatch):
+    original = batches
+
+    def all_labelled(side):
+        made = original(side)
+        for batch in made:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return made
+
+    monkeypatch.setitem(globals(), "batches", all_labelled)
+    left, right = measure("gpt2", "left"), measure("gpt2", "right")
+    assert torch.allclose(left, right, rtol=1e-6, atol=1e-6)
+
+
 def test_positions_that_cannot_be_given_are_an_error():
     "Bart counts columns and takes no position_ids."
     steer(model := tiny_model("bart"))

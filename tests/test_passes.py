@@ -219,6 +219,27 @@ def test_a_classifier_has_no_completions():
         model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([1]))
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (1, 10), (2, 5)])
+def test_labels_of_another_shape_are_an_error(shape):
+    model = steered("last")
+    with (
+        prompt_ends(model, torch.full(shape, -100)),
+        pytest.raises(SteerError, match="labels of shape"),
+    ):
+        model(torch.tensor([[5, 6, 7, 8, 9]]))
+
+
+def test_ends_of_rows_hold_for_their_beams():
+    model = steered("suffix:2")
+    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+    options = dict(num_beams=2, max_new_tokens=3, do_sample=False)
+    with prompt_ends(model, torch.tensor([3, 4])):
+        both = model.generate(ids, **options)
+    for row, end in enumerate((3, 4)):
+        with prompt_ends(model, end):
+            assert torch.equal(model.generate(ids[row : row + 1], **options)[0], both[row])
+
+
 # Threads
 
 

@@ -4,9 +4,10 @@ Merging rounds once more in float32: 1e-5 is allowed, as for PEFT alone."""
 
 import warnings
 
+import children
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_steering import randomise
 from transformers import AutoModelForCausalLM
@@ -172,3 +173,62 @@ def test_constants_that_peft_will_not_merge(tmp_path):
         else:
             with pytest.raises((ValueError, RuntimeError, NotImplementedError, TypeError)):
                 adapted.merge_and_unload()
+
+
+def test_removing_by_the_first_handle_leaves_the_wrapper_whole():
+    "The steering came first, then PEFT: what PEFT froze stays frozen, and nothing is left behind."
+    model = tiny_model("llama")
+    steering = steer(model, kind="vector", positions="last")
+    adapted = get_peft_model(model, config()).eval()
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    steering.remove()
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == trained
+    assert not {"_steer_nb", "save_pretrained", "generate", "load_adapter"} & set(vars(adapted))
+    adapted(input_ids=INPUT)
+    again = randomise(steer(adapted, kind="vector", positions="last"))
+    merged = adapted.merge_and_unload()
+    assert list(steerings(merged)) == [again.name]
+
+
+def merge_what_was_pickled(path):
+    "In a process that steers nothing itself."
+    model = torch.load(path, weights_only=False)
+    adapted = lora(model)
+    before = logits(adapted)
+    print((logits(adapted.merge_and_unload()) - before).abs().max().item())
+
+
+def test_an_unpickled_model_follows_peft(tmp_path):
+    model = tiny_model("llama").eval()
+    randomise(steer(model, kind="vector", site="heads"))
+    torch.save(model, tmp_path / "model.pt")
+    done = children.run(merge_what_was_pickled, str(tmp_path / "model.pt"))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1e-5
+
+
+def test_modules_to_save_and_steerings():
+    "PEFT copies such a module: it is steered after, and keeps its steering when it is put back."
+    options = dict(r=2, target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    model = tiny_model("llama")
+    steer(model, kind="vector", site="mlp")
+    with pytest.raises(SteerError, match="modules_to_save"):
+        get_peft_model(model, LoraConfig(**options))
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(**options)).eval()
+    randomise(steer(adapted, kind="vector", site="mlp"))
+    before = logits(adapted)
+    merged = adapted.merge_and_unload()
+    assert (logits(merged) - before).abs().max() < 1e-5
+    with steerings(merged)["default"].disabled():
+        assert (logits(merged) - before).abs().max() > 1e-2
+
+
+def test_virtual_tokens_are_an_error():
+    options = dict(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapted = get_peft_model(tiny_model("llama"), PromptTuningConfig(**options))
+    steering = steer(adapted, kind="vector", positions="last")
+    with pytest.raises(SteerError, match="virtual tokens"):
+        adapted(input_ids=INPUT)
+    steering.remove()
+    steer(adapted, kind="vector")
+    adapted(input_ids=INPUT)

@@ -23,6 +23,7 @@ from ..core.config import SteeringConfig
 from ..core.errors import SteerError, check_choice, check_number
 from ..core.hooks import capture
 from ..core.model_state import accepts, context_length, evaluating
+from ..core.passes import prompt_ends
 from ..core.positions import check_positions, position_mask
 from ..core.sites import Site, activation_shape
 from ..core.steering import Steering, steer
@@ -116,7 +117,8 @@ def text_activations(
                 "'completion' needs (prompt, completion) tuples or messages with an answer"
             )
         layers = [site.layer for site in shapes]
-        with evaluating(model), capture(model, site, layers, mask) as acts:
+        ends = prompt_ends(model, torch.tensor([row.prompt_length for row in rows]))
+        with evaluating(model), ends, capture(model, site, layers, mask) as acts:
             run_forward(model, batch, **fewer)
         for at, act in acts.items():
             if act.shape[1:] != shapes[at]:

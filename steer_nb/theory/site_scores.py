@@ -170,6 +170,7 @@ def _own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tens
     "The loss that the model computes from labels, without padding."
     if batch.get("labels") is None:
         raise EquivalenceError("the batch has no labels: add them, or pass loss=")
-    padding = ~real_tokens(batch).to(batch["labels"].device)
+    real = real_tokens(batch).to(batch["labels"].device)
+    padding = ~(real & real.roll(1, dims=1))  # nor is the first token predicted
     labels = {"labels": batch["labels"].masked_fill(padding, -100)}
     return model(**{**batch, **padded_positions(model, batch), **labels}).loss

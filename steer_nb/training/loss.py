@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..core.model_state import accepts, inner_model, padded_positions
+from ..core.model_state import accepts, inner_model, padded_positions, real_tokens
 from ..core.passes import prompt_ends
 from .config import TrainError
 
@@ -49,6 +49,7 @@ def labelled_logits(
         inputs["use_cache"] = False
     predicting = labelled.roll(-1, dims=1)  # the tokens before the labelled ones
     predicting[:, -1] = False
+    predicting &= real_tokens(batch).to(predicting.device)  # padding on the left predicts nothing
     labels = batch["labels"].roll(-1, dims=1)[predicting]
     with prompt_ends(model, batch["labels"]), only_rows(model, predicting) as selected:
         logits = model(**inputs).logits
