@@ -412,3 +412,17 @@ def test_errors_of_the_steering():
         with pytest.raises(error):
             contrast_vector(model, tokenizer_of(), POSITIVE, NEGATIVE, **given)
     assert list(steerings(model)) == ["here"]
+
+
+def test_a_steering_on_the_model_sees_where_the_pairs_end():
+    "One that acts on completions acts while completions are read: as with `prompt_ends` by hand."
+    model = tiny_model("llama").double()
+    other = steer(model, kind="vector", layers=[0], positions="completion", name="other")
+    next(other.parameters()).data.normal_(generator=torch.Generator().manual_seed(0))
+    pairs = [list(zip(texts, texts[1:5], strict=False)) for texts in (POSITIVE, NEGATIVE)]
+    found = contrast_vector(model, tokenizer_of(), *pairs, positions="completion", layers=[1])
+    vector = next(found.parameters()).detach().clone()
+    found.remove()
+    other.enabled = False
+    without = contrast_vector(model, tokenizer_of(), *pairs, positions="completion", layers=[1])
+    assert (vector - next(without.parameters())).abs().max() > 1e-3

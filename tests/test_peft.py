@@ -232,3 +232,16 @@ def test_virtual_tokens_are_an_error():
     steering.remove()
     steer(adapted, kind="vector")
     adapted(input_ids=INPUT)
+
+
+def test_a_peft_model_that_passes_its_arguments_on():
+    "Without a task type, its forward is (*args, **kwargs)."
+    adapted = get_peft_model(tiny_model("llama"), config()).eval()
+    assert type(adapted).__name__ == "PeftModel"
+    steering = randomise(steer(adapted, kind="vector", positions="last"))
+    with torch.no_grad():
+        assert torch.equal(adapted(INPUT).logits, adapted(input_ids=INPUT).logits)
+        both = logits(adapted)
+        with steering.rows(["default", None]):
+            first = adapted(INPUT).logits
+    assert torch.equal(first[0], both[0]) and not torch.equal(first[1], both[1])
