@@ -164,9 +164,7 @@ class Passes:
         sides = (lacking, 0) if generation is None else (0, lacking)
         return nn.functional.pad(mask, sides, value=True)
 
-    def _in_prompt(
-        self, given: dict, real: torch.Tensor, text: torch.Tensor, cached: int, training
-    ):
+    def _in_prompt(self, given: dict, real, text, cached: int, training: bool) -> torch.Tensor:
         "Which columns are before the completion of their text: (batch, total) bool."
         labels = given.get("labels")
         generation, known = self.here("generation"), self.here("ends")
@@ -174,9 +172,7 @@ class Passes:
             known, labels = None, known
             if labels.shape == real.shape:
                 labels = labels[:, cached:]
-            elif generation is not None or not _of_tokens(
-                labels, len(real), real.shape[1] - cached
-            ):
+            elif generation is not None or not _of_tokens(labels, *real[:, cached:].shape):
                 raise SteeringError(
                     f"prompt_ends was given labels of shape {tuple(labels.shape)}, and the pass "
                     f"has (batch, seq) = {tuple(real.shape)}"

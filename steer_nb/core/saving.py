@@ -29,7 +29,7 @@ from steer_nb.core.attach import (
     site_adapters,
 )
 from .base_model import SCHEMA, describe_base
-from .errors import SteeringError
+from .errors import SteeringError, check_number
 from steer_nb.core.files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -78,6 +78,7 @@ def restore_steerings(model: nn.Module, folder: str | os.PathLike) -> None:
     for name, config in registry.configs.items():
         stored = dict(described.get(name) or {}) if isinstance(described, dict) else {}
         strength = stored.pop("strength", None)
+        check_number("strength", strength, -10_000, 10_000, error=SteeringError)
         if stored != json.loads(json.dumps(asdict(config))):
             raise SteeringError(f"{path} has no steering {name!r} like the one on the model")
         expected = _named_tensors(model, name)
@@ -97,20 +98,19 @@ def _save_pretrained(model, save_directory, *args, state_dict=None, **kwargs):
     in_training, writes = "is_main_process" in kwargs, kwargs.get("is_main_process", True)
     has_peft = _is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)
     whole = not has_peft and _base_is_trained(model)
-    prefixes, written = adapter_prefixes(model), None
+    prefixes = adapter_prefixes(model)
     state = model.state_dict() if state_dict is None else state_dict
     base = {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
     if has_peft or not in_training:
-        written = save(state_dict=base)  # PEFT selects its own tensors
+        save(state_dict=base)  # PEFT selects its own tensors
     elif whole:
-        written = save(state_dict=state)
+        save(state_dict=state)
     if in_training and writes and not whole and not _is_peft_model(model):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         own = {k: v for k, v in state.items() if k in trained or k not in base}
         write_tensors(Path(save_directory) / SAFE_WEIGHTS_NAME, own)
     if writes and registry_of(model).configs:
         write_steerings(model, list(registry_of(model).configs), save_directory)
-    return written
 
 
 def _base_is_trained(model: nn.Module) -> bool:

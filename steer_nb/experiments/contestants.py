@@ -13,13 +13,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
 
 from ..core.errors import check_choice
 from .pyreft import PyreftTurn
-from .row_turns import RowsTurn
+from .row_turns import ROWS, WAYS, RowsTurn
 from .timing import BenchError
 from steer_nb.experiments.turns import (
     BoundTurn,
@@ -128,26 +129,12 @@ CONTESTANTS: dict[str, Contestant] = {
         "decode",
         lambda workload, name: DecodeTurn(workload, name, steered),
     ),
-    "rows_bare": Contestant(
-        "decode step of 8 rows, no steering",
-        "rows",
-        lambda workload, name: RowsTurn(workload, name, "bare"),
-    ),
-    "rows_one": Contestant(
-        "decode step of 8 rows, one steering",
-        "rows",
-        lambda workload, name: RowsTurn(workload, name, "one"),
-    ),
-    "rows_own": Contestant(
-        "decode step of 8 rows, four steerings by row",
-        "rows",
-        lambda workload, name: RowsTurn(workload, name, "rows"),
-    ),
-    "rows_alone": Contestant(
-        "decode step of 8 rows, one row at a time",
-        "rows",
-        lambda workload, name: RowsTurn(workload, name, "alone"),
-    ),
+    **{
+        f"rows_{way}": Contestant(
+            f"decode step of {ROWS} rows, {what}", "rows", partial(RowsTurn, way=way)
+        )
+        for way, what in WAYS.items()
+    },
     "evaluate": Contestant("evaluate: choices scored", "evaluation", EvaluateTurn),
     "generate": Contestant(
         "ten tokens generated, one prompt at a time", "evaluation", GenerateTurn

@@ -17,7 +17,12 @@ from .workload import Workload
 
 # %% ../../nbs/experiments/23_row_turns.ipynb #00000003
 ROWS, NAMES = 8, ("a", "b", "c", "d")  # rows in a batch, and steerings
-WAYS = ("bare", "one", "rows", "alone")
+WAYS = {  # of decoding them
+    "bare": "no steering",
+    "one": "one steering",
+    "own": "four steerings by row",
+    "alone": "one row at a time",
+}
 
 
 class RowsTurn:
@@ -57,7 +62,7 @@ class RowsTurn:
         "The steerings of one of the batches."
         if self.way in ("bare", "one"):
             return nullcontext()
-        names = self.names if self.way == "rows" else [self.names[number]]
+        names = self.names if self.way == "own" else [self.names[number]]
         return steerings(self.model)["a"].rows(names)
 
     @torch.no_grad()
