@@ -56,13 +56,17 @@ def pack_adapter(adapter: Adapter) -> list[Piece]:
 class SitePack:
     "The adapters of several steerings at one site, side by side."
 
-    def __init__(self, chosen: Mapping[int, Sequence[Piece]], like: torch.Tensor):
-        # by slot; device and dtype are those of `like`
+    def __init__(
+        self,
+        chosen: Mapping[int, Sequence[Piece]],  # by slot
+        like: torch.Tensor,  # device and dtype are those of this tensor
+    ):
         pieces = sorted(
             ((slot, piece) for slot, own in chosen.items() for piece in own),
             key=lambda pair: pair[1].activation or "",
         )
         self.slots = tuple(slot for slot, piece in pieces for _ in piece.inner)  # of each column
+        self.activations = tuple(piece.activation for _, piece in pieces for _ in piece.inner)
         self.inner = torch.cat([piece.inner for _, piece in pieces]).to(like)
         self.up = torch.cat([piece.up.T for _, piece in pieces]).to(like)  # (columns, hidden)
         self.down = None
@@ -70,20 +74,18 @@ class SitePack:
             nothing = torch.zeros(1, self.up.shape[1])
             rows = [nothing if piece.down is None else piece.down for _, piece in pieces]
             self.down = torch.cat(rows).to(like)
-        self.groups, start = [], 0  # the columns that go through each activation
-        for _, piece in pieces:
-            stop = start + len(piece.inner)
-            if piece.activation is not None:
-                self.groups.append((start, stop, ACTIVATIONS[piece.activation]))
-            start = stop
+        first = self.activations.index  # equal ones are side by side
+        self.groups = [
+            (first(name), first(name) + self.activations.count(name), ACTIVATIONS[name])
+            for name in set(self.activations) - {None}
+        ]
 
     def add_shift(
         self,
         hidden: torch.Tensor,  # (tokens, hidden); changed in place
         residual: torch.Tensor | None,  # the stream is their sum; None: it is `hidden`
         weights: torch.Tensor,  # (tokens, columns): strength where a column is the token's own
-        rows: torch.Tensor
-        | None = None,  # the tokens that are steered, and `weights` has; None: all
+        rows: torch.Tensor | None = None,  # the tokens that `weights` is about; None: all
     ) -> None:
         "Add the shift of the stream's tokens to `hidden`."
         if self.down is None:
@@ -187,14 +189,11 @@ class SteeringTable:
 
     def _pack(self, active: tuple[int, ...]) -> dict[Site, SitePack]:
         "The packs of these slots, by site."
-        own = {slot: pieces for _, slot, pieces in self.loaded.values() if slot in active}
-        sites = {site for pieces in own.values() for site in pieces}
-        return {
-            site: SitePack(
-                {slot: own[slot][site] for slot in active if site in own[slot]}, self.like
-            )
-            for site in sites
-        }
+        chosen = {}
+        for _, slot, pieces in self.loaded.values():
+            for site, own in pieces.items() if slot in active else ():
+                chosen.setdefault(site, {})[slot] = own
+        return {site: SitePack(own, self.like) for site, own in chosen.items()}
 
     def add_shift(
         self, site: Site, hidden: torch.Tensor, residual: torch.Tensor | None = None
@@ -259,35 +258,25 @@ class FixedTable(SteeringTable):
 
     def _write(self, slot: int, pieces: Mapping[Site, Sequence[Piece]]) -> None:
         "Write a steering into its slot of the buffers."
-        names = sorted(self.activations)
-        for site, own in pieces.items():
-            pack = SitePack({slot: own}, self.like)
-            used = {piece.activation for piece in own} - {None}
-            rank = len(pack.inner)
-            if slot >= self.capacity or rank > self.rank or not used <= self.activations:
+        packs = {site: SitePack({slot: own}, self.like) for site, own in pieces.items()}
+        numbers = {name: number for number, name in enumerate([None, *sorted(self.activations)])}
+        for pack in packs.values():
+            known = set(pack.activations) <= set(numbers)
+            if slot >= self.capacity or len(pack.inner) > self.rank or not known:
                 raise SteeringError(
-                    f"the buffers for CUDA graphs were made for {self.capacity} steerings of "
-                    f"{self.rank} columns with the activations {names}: start the server with this "
-                    "steering, or without CUDA graphs"
+                    f"the buffers for CUDA graphs were made for {self.capacity} steerings of up to "
+                    f"{self.rank} columns with the activations {sorted(self.activations)}: start "
+                    "the server with this steering, or without CUDA graphs"
                 )
         for site, buffers in self.buffers.items():
-            for buffer in buffers.values():
-                buffer[slot + 1].zero_()
-            if site not in pieces:
-                continue
-            pack = SitePack({slot: pieces[site]}, self.like)
-            rank = len(pack.inner)
-            if pack.down is not None:
-                buffers["down"][slot + 1, :rank] = pack.down
-            buffers["inner"][slot + 1, :rank] = pack.inner
-            buffers["up"][slot + 1, :rank] = pack.up
-            start = 0
-            for piece in sorted(pieces[site], key=lambda piece: piece.activation or ""):
-                stop = start + len(piece.inner)
-                if piece.activation is not None:
-                    number = names.index(piece.activation) + 1
-                    buffers["activation"][slot + 1, start:stop] = number
-                start = stop
+            own = {name: buffer[slot + 1].zero_() for name, buffer in buffers.items()}
+            if site in packs:
+                pack, rank = packs[site], len(packs[site].inner)
+                own["inner"][:rank], own["up"][:rank] = pack.inner, pack.up
+                if pack.down is not None:
+                    own["down"][:rank] = pack.down
+                activations = [numbers[name] for name in pack.activations]
+                own["activation"][:rank] = torch.tensor(activations)
 
     def clear(self):
         "No token is steered until `begin`."
