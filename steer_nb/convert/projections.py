@@ -32,8 +32,11 @@ def check_convertible(
     kinds: Sequence[str],  # that can be converted
     sites: Sequence[str],  # where they can be
     into: str,  # what the result is called in the message, with its article
+    every_token: bool = True,  # whether the result acts on every token, so the steering must, too
 ) -> None:
-    "Raise `ConvertError` unless the steering is one of these, acts on every token, and is enabled."
+    """Raise `ConvertError` unless the steering is one of these, is enabled and has finite values.
+
+    With `every_token`, also unless it acts at all positions."""
     if not isinstance(steering, Steering):
         raise ConvertError(f"pass a steering, as steer() returns it, not {type(steering).__name__}")
     config = steering.config
@@ -46,7 +49,7 @@ def check_convertible(
             f"a steering at {config.site!r} cannot become {into}: sites where it can are "
             f"{', '.join(sites)}"
         )
-    if config.positions != "all":
+    if every_token and config.positions != "all":
         raise ConvertError(
             f"this steering acts at positions {config.positions!r} only, and {into} acts on every "
             "token"
