@@ -13,9 +13,8 @@ from hashlib import sha256
 
 import torch
 
-from .projections import ConvertError, check_convertible
+from .projections import check_convertible, check_one_stream
 from ..core.files import write_json
-from ..core.sites import locate
 from ..core.steering import Steering
 
 # %% ../../nbs/convert/05_easysteer.ipynb #00000007
@@ -74,14 +73,10 @@ def to_easysteer(
     kinds = ("vector", "linear", "loreft", "direft", "full")
     into = "a SteeringSpec of EasySteer"
     check_convertible(steering, kinds, ("block",), into, every_token=False)
+    check_one_stream(steering, "EasySteer")
     common = {"scale": steering.strength, "apply": _where(steering.config.positions)}
     vectors, constants = [], {}
     for site, adapter in steering.adapters.items():
-        if locate(steering.model, site).layout.startswith("streams"):
-            raise ConvertError(
-                f"layer {site.layer}: this architecture has several residual streams, and "
-                "EasySteer steers one"
-            )
         if steering.config.kind == "vector":
             constants[site.layer] = adapter.vector
             continue
