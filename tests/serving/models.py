@@ -88,7 +88,7 @@ def write_model(architecture: str, folder: Path, seed: int = 0):
 
 
 @torch.no_grad()
-def randomize(steering, seed: int, size: float = 0.5) -> None:
+def randomize(steering, seed: int, size: float = 0.8) -> None:
     "Set an adapter's parameters so that its shift is about `size` times the activation it reads."
     generator = torch.Generator().manual_seed(seed)
     for adapter in steering.adapters.values():

@@ -1,6 +1,7 @@
 """What a request must give, computed without vLLM: transformers and `load_steering`, one text at a
 time, in float32."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,20 +14,23 @@ EFFECT = 0.05  # what a steering changes at least, for a test that would see it 
 
 
 class Reference:
-    "A model with every steering of a server, of which one at a time acts."
+    "A model, and the folders of steerings by name."
 
     def __init__(self, model, sources: dict[str, Path]):
-        self.model, self.steerings = model, {}
-        for name, source in sources.items():
-            self.add(name, source)
+        self.model, self.sources = model, dict(sources)
 
-    def add(self, name: str, source: Path) -> None:
-        "Load a steering; one of the same name is removed first."
-        if name in self.steerings:
-            self.steerings.pop(name)[0].remove()
-        steering = load_steering(self.model, source, name=name)
-        steering.enabled = False
-        self.steerings[name] = steering, steering.strength
+    @contextmanager
+    def steered(self, name: str | None, strength: float):
+        "The model with a steering on it; `strength` is a factor on the stored one."
+        if name is None:
+            yield
+            return
+        steering = load_steering(self.model, self.sources[name])
+        steering.strength *= strength
+        try:
+            yield
+        finally:
+            steering.remove()
 
     @torch.no_grad()
     def log_probabilities(
@@ -34,21 +38,11 @@ class Reference:
         prompt: list[int],
         output: list[int],
         name: str | None = None,  # None: not steered
-        strength: float = 1.0,  # of the request: a factor on the stored strength
+        strength: float = 1.0,  # of the request
     ) -> torch.Tensor:
-        "Of every token of the vocabulary, before each token of the output: (output, vocabulary)."
-        steering, stored = self.steerings.get(name, (None, 0.0)) if name else (None, 0.0)
-        ids = torch.tensor([prompt + output])
-        try:
-            if steering is not None:
-                steering.enabled, steering.strength = True, stored * strength
-            elif name:
-                raise KeyError(name)
-            with prompt_ends(self.model, len(prompt)):
-                logits = self.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        finally:
-            if steering is not None:
-                steering.enabled, steering.strength = False, stored
+        "Of each token of the text, from its second, given those before: (prompt + output − 1, V)."
+        with self.steered(name, strength), prompt_ends(self.model, len(prompt)):
+            logits = self.model(torch.tensor([prompt + output]), use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1)
 
     def check(
@@ -66,7 +60,7 @@ class Reference:
         token is more likely by more than that. (A tie may go either way, so tokens are not compared
         with tokens that the reference would generate itself.)"""
         assert len(output) == len(log_probabilities) and output
-        table = self.log_probabilities(prompt, output, name, strength)
+        table = self.log_probabilities(prompt, output, name, strength)[len(prompt) - 1 :]
         own = table.gather(1, torch.tensor(output)[:, None])[:, 0]
         error = (own - torch.tensor(log_probabilities)).abs()
         said = f"steering {name}, strength {strength}, prompt of {len(prompt)}"
@@ -75,9 +69,13 @@ class Reference:
             lost = table.max(1).values - own
             assert lost.max() < TOLERANCE, f"{said}: not greedy by {lost.max():.4f}"
 
-    def effect(self, prompt, output, name, strength=1.0) -> float:
+    def effect(
+        self, prompt: list[int], output: list[int], name: str, strength: float = 1.0
+    ) -> float:
         "How much a steering changes the log-probabilities of an output, at most."
-        steered = self.log_probabilities(prompt, output, name, strength)
-        plain = self.log_probabilities(prompt, output)
         rows = torch.tensor(output)[:, None]
-        return float((steered.gather(1, rows) - plain.gather(1, rows)).abs().max())
+        steered, plain = (
+            self.log_probabilities(prompt, output, *own)[len(prompt) - 1 :].gather(1, rows)
+            for own in ((name, strength), ())
+        )
+        return float((steered - plain).abs().max())
