@@ -25,7 +25,7 @@ class Reference:
         if name is None:
             yield
             return
-        steering = load_steering(self.model, self.sources[name])
+        steering = load_steering(self.model, self.sources[name], name=f"own-{name}")
         steering.strength *= strength
         try:
             yield

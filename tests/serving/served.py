@@ -124,9 +124,12 @@ def engine(base: Base, names=(), default: str | None = None, **options):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     sources = names if isinstance(names, dict) else {name: base.sources[name] for name in names}
-    steering = {"steerings": {name: str(folder) for name, folder in sources.items()}}
-    if default is not None:
-        steering["default"] = default
+    steering = {
+        "steerings": {name: str(folder) for name, folder in sources.items()},
+        "default": default,
+        "runtime_updates": True,
+        "sites": ["block", "mlp", "attn"],
+    }
     config = {"additional_config": {"steer_nb": steering}} if sources else {}
     llm = vllm.LLM(str(base.model), **{**ENGINE, **config, **options})
     try:

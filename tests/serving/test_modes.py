@@ -88,16 +88,25 @@ def test_tensor_parallelism(base, tmp_path, monkeypatch, eager):
         check(base("llama"), llm)
 
 
-@pytest.mark.parametrize("runner", ["0", "1"])
-def test_model_runners(base, monkeypatch, runner):
-    "The second needs a Triton with a CPU backend, which no package has: skipped without it."
-    from vllm.triton_utils import HAS_TRITON
+def test_the_second_model_runner_is_refused(base, monkeypatch):
+    "By the plugin; where there is no Triton for CPUs, by vLLM."
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with (
+        pytest.raises(Exception, match="V2 model runner|Model Runner V2"),
+        engine(base("qwen"), NAMES),
+    ):
+        pass
 
-    if runner == "1" and not HAS_TRITON:
-        pytest.skip("model runner V2 needs Triton")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    with engine(base("qwen"), NAMES) as llm:
-        check(base("qwen"), llm)
+
+def lora_of(own, folder):
+    "Write the LoRA of a new steering, which the reference knows as `for-lora`; its source."
+    source = own.reference.sources.setdefault(
+        "for-lora", own.write(f"{folder.parent.name}-mlp", 3, kind="linear", site="mlp", rank=4)
+    )
+    steering = load_steering(own.reference.model, source)
+    to_lora(steering, folder)
+    steering.remove()
+    return source
 
 
 def test_the_same_steering_as_a_lora_of_vllm(base, tmp_path):
@@ -105,10 +114,7 @@ def test_the_same_steering_as_a_lora_of_vllm(base, tmp_path):
     from vllm.lora.request import LoRARequest
 
     own = base("llama")
-    source = own.write("for-lora", 3, kind="linear", site="mlp", rank=4)
-    steering = load_steering(own.reference.model, source)
-    to_lora(steering, tmp_path / "lora")
-    steering.remove()
+    source = lora_of(own, tmp_path / "lora")
     asked = [Request(tokens(20 + 30 * i, i)) for i in range(6)]
     lora = LoRARequest("mlp", 1, str(tmp_path / "lora"))
     with engine(own, enable_lora=True, max_lora_rank=8) as llm:
@@ -116,7 +122,6 @@ def test_the_same_steering_as_a_lora_of_vllm(base, tmp_path):
     by_plugin = [Request(one.prompt, "mlp") for one in asked]
     with engine(own, {"mlp": source}) as llm:
         run(llm, by_plugin)
-    own.reference.sources["for-lora"] = source
     for one, other in zip(asked, by_plugin, strict=True):
         one.check(own.reference, "for-lora")
         other.check(own.reference, "for-lora")
@@ -125,9 +130,22 @@ def test_the_same_steering_as_a_lora_of_vllm(base, tmp_path):
         assert max(abs(a - b) for a, b in pairs) < TOLERANCE
 
 
-def test_lora_and_steering_in_one_engine(base, tmp_path):
-    "A request with both gets both; or the engine refuses at its start."
-    pytest.skip("what is right is decided by the plugin")
+def test_a_lora_and_a_steering_in_one_request(base, tmp_path):
+    """The reference has the steering at `mlp` that the LoRA is made of, and another after blocks.
+    Without the LoRA, and without the steering, answers are right in the same batch."""
+    from vllm.lora.request import LoRARequest
+
+    own = base("llama")
+    lora_of(own, tmp_path / "lora")
+    lora = LoRARequest("mlp", 1, str(tmp_path / "lora"))
+    asked = [Request(tokens(90, i), name) for name in (None, *NAMES[:6]) for i in range(2)]
+    loras = [lora if i % 2 else None for i in range(len(asked))]
+    with engine(own, NAMES, enable_lora=True, max_lora_rank=8) as llm:
+        for _ in range(2):  # the second time from the cache
+            run(llm, asked, lora_request=loras)
+            for one, by_lora in zip(asked, loras, strict=True):
+                with own.reference.steered("for-lora" if by_lora else None, 1.0):
+                    one.check(own.reference)
 
 
 @pytest.mark.slow

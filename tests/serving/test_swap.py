@@ -2,6 +2,7 @@
 
 import pytest
 from served import Request, engine, run, sampling, take, tokens
+from vllm.exceptions import VLLMValidationError
 
 from steer_nb.core.errors import SteerError
 
@@ -54,7 +55,7 @@ def test_running_requests_keep_what_they_began_with(llama):
         steps.start(one)
     steps.steps(8)
     remove_steering(llm, "a")
-    with pytest.raises(SteerError, match="b"):  # the names that there are
+    with pytest.raises(VLLMValidationError, match="there are b"):
         steps.start(Request(tokens(5, 1), "a"))
     steps.waiting.pop(f"step-{steps.count}")
     steps.steps()
