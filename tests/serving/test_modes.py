@@ -98,33 +98,29 @@ def test_the_second_model_runner_is_refused(base, monkeypatch):
         pass
 
 
-def lora_of(own, folder):
-    "Write the LoRA of a new steering, which the reference knows as `for-lora`; its source."
-    source = own.reference.sources.setdefault(
-        "for-lora", own.write(f"{folder.parent.name}-mlp", 3, kind="linear", site="mlp", rank=4)
-    )
-    steering = load_steering(own.reference.model, source)
+def write_lora(own, folder):
+    "Write the LoRA that `mlp_linear` is, and return vLLM's name for it."
+    from vllm.lora.request import LoRARequest
+
+    steering = load_steering(own.reference.model, own.sources["mlp_linear"])
     to_lora(steering, folder)
     steering.remove()
-    return source
+    return LoRARequest("mlp", 1, str(folder))
 
 
 def test_the_same_steering_as_a_lora_of_vllm(base, tmp_path):
     "`to_lora` of a steering at `mlp`, through vLLM's own LoRA, and the plugin agree."
-    from vllm.lora.request import LoRARequest
-
     own = base("llama")
-    source = lora_of(own, tmp_path / "lora")
     asked = [Request(tokens(20 + 30 * i, i)) for i in range(6)]
-    lora = LoRARequest("mlp", 1, str(tmp_path / "lora"))
+    lora = write_lora(own, tmp_path / "lora")
     with engine(own, enable_lora=True, max_lora_rank=8) as llm:
         run(llm, asked, lora_request=lora)
-    by_plugin = [Request(one.prompt, "mlp") for one in asked]
-    with engine(own, {"mlp": source}) as llm:
+    by_plugin = [Request(one.prompt, "mlp_linear") for one in asked]
+    with engine(own, ["mlp_linear"]) as llm:
         run(llm, by_plugin)
     for one, other in zip(asked, by_plugin, strict=True):
-        one.check(own.reference, "for-lora")
-        other.check(own.reference, "for-lora")
+        one.check(own.reference, "mlp_linear")
+        other.check(own.reference, "mlp_linear")
         assert one.answers[0]["tokens"] == other.answers[0]["tokens"]
         pairs = zip(*(each.answers[0]["log_probabilities"] for each in (one, other)), strict=True)
         assert max(abs(a - b) for a, b in pairs) < TOLERANCE
@@ -133,18 +129,15 @@ def test_the_same_steering_as_a_lora_of_vllm(base, tmp_path):
 def test_a_lora_and_a_steering_in_one_request(base, tmp_path):
     """The reference has the steering at `mlp` that the LoRA is made of, and another after blocks.
     Without the LoRA, and without the steering, answers are right in the same batch."""
-    from vllm.lora.request import LoRARequest
-
     own = base("llama")
-    lora_of(own, tmp_path / "lora")
-    lora = LoRARequest("mlp", 1, str(tmp_path / "lora"))
+    lora = write_lora(own, tmp_path / "lora")
     asked = [Request(tokens(90, i), name) for name in (None, *NAMES[:6]) for i in range(2)]
     loras = [lora if i % 2 else None for i in range(len(asked))]
     with engine(own, NAMES, enable_lora=True, max_lora_rank=8) as llm:
         for _ in range(2):  # the second time from the cache
             run(llm, asked, lora_request=loras)
             for one, by_lora in zip(asked, loras, strict=True):
-                with own.reference.steered("for-lora" if by_lora else None, 1.0):
+                with own.reference.steered("mlp_linear" if by_lora else None, 1.0):
                     one.check(own.reference)
 
 
