@@ -31,9 +31,12 @@ setup(
         "quantized": project["quantized_requirements"].split(),
         "ray": project["ray_requirements"].split(),
         "trl": project["trl_requirements"].split(),
+        "vllm": project["vllm_requirements"].split(),
     },
     entry_points={
         "console_scripts": [project["console_scripts"]],
         "lm_eval.models": [project["lm_eval_models"]],
+        "vllm.general_plugins": [project["vllm_general_plugins"]],
+        "vllm.endpoint_plugins": [project["vllm_endpoint_plugins"]],
     },
 )

@@ -241,6 +241,11 @@ class DiReFT(Adapter):
         "W₂ᵀ(W₁ h + b)."
         return apply_matrix(apply_matrix(h, self.weight) + self.bias.to(h.dtype), self.project.mT)
 
+    def affine(self):
+        "W₂ᵀ, W₁ and W₂ᵀ b."
+        up, bias = _exact(self.project).mT, _exact(self.bias)
+        return up, _exact(self.weight), (up @ bias[..., None])[..., 0]
+
 # %% ../../nbs/core/03_adapters.ipynb #00000014
 class Scale(Adapter):
     """Δh = s ⊙ h: each number of the activation times a factor 1 + s.
