@@ -72,9 +72,10 @@ def make_model(architecture: str, seed: int = 0):
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter.add_(0.1 * noise)  # norms, and biases
+            parameter.add_(0.1 * noise)
         elif "embed_tokens" in name or "lm_head" in name:
-            parameter.copy_(noise * 2 / WIDTH**0.5)
+            tied = model.config.tie_word_embeddings  # less, or each token would predict itself
+            parameter.copy_(noise * (1 if tied else 2) / WIDTH**0.5)
         else:
             parameter.copy_(noise / parameter.shape[1] ** 0.5)
     return model
@@ -96,7 +97,7 @@ def randomize(steering, seed: int, size: float = 0.8) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             rank = min(parameter.shape)
             scale = {
-                "vector": size,
+                "vector": 2 * size,
                 "bias": 0.3,  # of linear and nonlinear: of the hidden size; of the others: of rank
                 "down": 1 / parameter.shape[-1] ** 0.5,
                 "up": size / rank**0.5,

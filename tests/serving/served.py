@@ -32,7 +32,7 @@ ENGINE = {
 }
 EXTRA = {  # steerings beside those of `matrix_of_steerings`
     "mlp_linear": {"site": "mlp", "kind": "linear", "rank": 4},
-    "mlp_loreft": {"site": "mlp", "kind": "loreft", "rank": 2, "positions": "last"},
+    "mlp_loreft": {"site": "mlp", "kind": "loreft", "rank": 8, "positions": "prompt"},
     "attn_linear": {"site": "attn", "kind": "linear", "rank": 4, "bias": True},
     "attn_nonlinear": {"site": "attn", "kind": "nonlinear", "rank": 4, "positions": "prompt"},
     "wide": {"kind": "linear", "rank": 40},
