@@ -70,7 +70,7 @@ def test_a_conversation_goes_on(llama, name):
     reference, _ = llama
     prompt, cached = tokens(LONG, 4), []
     for turn in range(3):
-        request = ask(llama, prompt, name, 0.9, new=2 * BLOCK)
+        request = ask(llama, prompt, name, 0.9 if name else None, new=2 * BLOCK)
         cached.append(request.cached)
         prompt = prompt + request.answers[0]["tokens"] + tokens(9, 50 + turn)
     if name in (None, "linear_all", "vector_all", "full_all"):

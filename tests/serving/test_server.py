@@ -190,6 +190,7 @@ BAD = {
     "text": {"steering": "linear_all", "strength": "inf"},
     "a number as text": {"steering": "linear_all", "strength": "0.5"},
     "a list": {"steering": "linear_all", "strength": [0.5]},
+    "a strength alone": {"strength": 0.5},
     "too large": {"steering": "linear_all", "strength": 1e30},
     "too large, an integer": {"steering": "linear_all", "strength": 10**30},
 }
