@@ -118,7 +118,7 @@ def tokens(length: int, seed: int) -> list[int]:
 
 
 @contextmanager
-def engine(base: Base, names=(), default: str | None = None, **options):
+def engine(base: Base, names=(), default=None, fixed_buffers=None, **options):
     "vLLM's `LLM` with some of the base's steerings; `{name: folder}` for others."
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -127,6 +127,7 @@ def engine(base: Base, names=(), default: str | None = None, **options):
     steering = {
         "steerings": {name: str(folder) for name, folder in sources.items()},
         "default": default,
+        "fixed_buffers": fixed_buffers,
         "runtime_updates": True,
         "sites": ["block", "mlp", "attn"],
     }
