@@ -35,6 +35,8 @@ _PUBLIC = {
     "convert.lora": ("Lora", "from_lora", "to_lora"),
     "convert.gguf": ("to_control_vector", "to_gguf_lora"),
     "convert.nearest_lora": ("NearestLora", "nearest_lora"),
+    "convert.easysteer": ("to_easysteer",),
+    "convert.vllm_lens": ("to_vllm_lens",),
     "data.models": ("load_model",),
     "data.examples": ("Example",),
     "data.encoding": ("task_batches",),

@@ -178,7 +178,7 @@ def declared(*keys: str) -> set[str]:
     }
 
 
-ELSEWHERE = {"pyreft"}  # imported by a script that runs in another environment
+ELSEWHERE = {"pyreft", "vllm", "fastapi"}  # imported by what runs in another environment
 
 
 def undeclared(sources, names: set[str]) -> set[str]:

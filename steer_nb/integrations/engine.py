@@ -68,22 +68,24 @@ def _stream(output) -> torch.Tensor:
     return hidden.float() if residual is None else hidden.float() + residual.float()
 
 
-def _noise(like: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    "Random numbers of this standard deviation, the same in each call."
+def _noise(like: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """Random numbers of the size of the stream, the same in each call.
+
+    Of its median: a few very large numbers are usual in a stream, and would drown the others."""
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
-    return (noise.to(like.device) * size).to(like.dtype)
+    return (noise.to(like.device) * stream.abs().median()).to(like.dtype)
 
 
 def _prove_blocks(stack: nn.ModuleList, run: Callable[[], torch.Tensor]) -> None:
     "Raise `SiteError` unless the outputs of all layers are the residual stream."
 
-    def changed(both: bool):
+    def changed(moved: bool):
         def step(output):
             hidden, residual = parts_of(output)
-            noise = _noise(hidden, _stream(output).std())
-            if residual is None:
-                return hidden if both else hidden + noise
-            return hidden + noise, residual - noise if both else residual
+            if moved and residual is not None:
+                return hidden + residual, torch.zeros_like(residual)
+            noise = 0 if moved else _noise(hidden, _stream(output))
+            return hidden + noise if residual is None else (hidden + noise, residual)
 
         with _hooked(dict.fromkeys(stack, step)):
             return run().float()
@@ -106,9 +108,10 @@ def _prove_blocks(stack: nn.ModuleList, run: Callable[[], torch.Tensor]) -> None
     finally:
         for handle in handles:
             handle.remove()
-    moved, shifted = (changed(both) - plain for both in (True, False))
-    # Moving it costs rounding, in bfloat16 some percent of what a shift of the stream's size does.
-    if not all(handed_on) or not moved.norm() < 0.25 * shifted.norm():
+    moved, shifted = (changed(moved) - plain for moved in (True, False))
+    # Moving it costs rounding: in bfloat16, 0.002 of what the noise does (SmolLM2, 30 layers).
+
+    if not all(handed_on) or not moved.norm() < 0.1 * shifted.norm():
         raise SiteError("the sum of what its layers return is not the residual stream")
 
 
@@ -135,11 +138,11 @@ def _prove_branches(
 
     plain = streams({})
     for site, place in places.items():
-        size, added = plain[site.layer].std(), []
+        stream, added = plain[site.layer], []
 
-        def step(output, place=place, size=size, added=added):
+        def step(output, place=place, stream=stream, added=added):
             hidden = first_tensor(output)
-            added.append(_noise(hidden, size))
+            added.append(_noise(hidden, stream))
             return write(place, output, hidden + added[0])
 
         change = streams({place.module: step})[site.layer] - plain[site.layer]
