@@ -110,9 +110,23 @@ def launch(processes, folder, method="post_block_linear", fsdp=None, **asked):
 def finish(children):
     "The JSON that each of them printed last."
     ended = [child.wait(300) for child in children]
-    for done in ended:
-        assert done.returncode == 0, done.stderr[-3000:]
+    said = "".join(f"process {n}:\n{done.stderr[-3000:]}\n" for n, done in enumerate(ended))
+    assert [done.returncode for done in ended] == [0] * len(ended), said
     return [json.loads(done.stdout.splitlines()[-1]) for done in ended]
+
+
+def run_to_end(processes, folder, *args, **asked):
+    """The JSON that each of so many processes printed last, after a whole training.
+
+    Started again if a connection broke before the first step: gloo listens at a free port, and on a
+    shared machine another program can connect to it."""
+    before = steps_on_disk(folder)
+    try:
+        return finish(launch(processes, folder, *args, **asked))
+    except AssertionError as error:
+        if "gloo/transport/tcp" not in str(error) or steps_on_disk(folder) != before:
+            raise
+    return finish(launch(processes, folder, *args, **asked))
 
 
 def tensors(folder):
@@ -142,7 +156,7 @@ def alone(tmp_path_factory):
     def train(method="post_block_linear"):
         if method not in done:
             folder = tmp_path_factory.mktemp("alone") / "run"
-            [said] = finish(launch(1, folder, method, evaluated=True))
+            [said] = run_to_end(1, folder, method, evaluated=True)
             done[method] = folder, said
         return done[method]
 
@@ -204,7 +218,7 @@ def test_a_dead_process_ends_the_run_and_the_next_resumes(alone, tmp_path, fsdp)
         done = child.wait()
         assert done.returncode == 1, done
         assert "the processes see different checkpoints" in done.stderr, done.stderr
-    said, _ = finish(launch(2, folder, fsdp=fsdp))
+    said, _ = run_to_end(2, folder, fsdp=fsdp)
     assert len(said["resumed"]) == 1 and said["resumed"][0] >= 3
     check_equal(folder, said, *alone())
 
@@ -213,11 +227,11 @@ def test_a_dead_process_ends_the_run_and_the_next_resumes(alone, tmp_path, fsdp)
 def test_fsdp_trains_and_saves_whole_tensors(alone, tmp_path, method):
     "A signal to one of two processes stops both; resumed, the result is that of one process."
     folder = tmp_path / "run"
-    first, second = finish(launch(2, folder, method, fsdp="2", signalled=1))
+    first, second = run_to_end(2, folder, method, fsdp="2", signalled=1)
     assert first["stopped"] == second["stopped"] == "SIGTERM"
     assert len(first["curve"]) == len(second["curve"]) == 4
     assert steps_on_disk(folder)[-1] == 4
-    first, second = finish(launch(2, folder, method, fsdp="2", evaluated=True))
+    first, second = run_to_end(2, folder, method, fsdp="2", evaluated=True)
     # Else this was plain data parallelism; only of full fine-tuning is everything sharded.
     assert first["resumed"] == [4] and first["sharded"] > 0
     assert (first["whole"] == 0) == (method == "full")
@@ -231,8 +245,8 @@ def test_fsdp_trains_and_saves_whole_tensors(alone, tmp_path, method):
 )
 def test_two_processes_retain_the_same_texts(tmp_path, method, fsdp):
     "Five texts in passes of four: the process that has none in a pass takes part in it."
-    [expected] = finish(launch(1, tmp_path / "one", method, retain=TEXTS))
-    said, _ = finish(launch(2, tmp_path / "two", method, fsdp, retain=TEXTS))
+    [expected] = run_to_end(1, tmp_path / "one", method, retain=TEXTS)
+    said, _ = run_to_end(2, tmp_path / "two", method, fsdp, retain=TEXTS)
     check_equal(tmp_path / "two", said, tmp_path / "one", expected)
     pairs = zip(said["curve"], expected["curve"], strict=True)
     assert all(abs(a["kl"] - b["kl"]) < 1e-9 for a, b in pairs)
@@ -241,8 +255,8 @@ def test_two_processes_retain_the_same_texts(tmp_path, method, fsdp):
 
 def test_one_process_resumes_what_two_began(alone, tmp_path):
     "A checkpoint has whole tensors by name, also of sharded parameters and their optimizer."
-    finish(launch(2, tmp_path / "run", "full", fsdp="2", signalled=1))
-    [said] = finish(launch(1, tmp_path / "run", "full"))
+    run_to_end(2, tmp_path / "run", "full", fsdp="2", signalled=1)
+    [said] = run_to_end(1, tmp_path / "run", "full")
     assert said["resumed"] == [4] and said["processes"] == 1 and said["sharded"] == 0
     check_equal(tmp_path / "run", said, *alone("full"))
 
