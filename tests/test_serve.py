@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import children
 import program
@@ -105,10 +106,6 @@ class Server:
             return "".join(chunk.choices[0].text for chunk in answer)
         return answer.choices[0].text
 
-    def stop(self) -> children.Done:
-        self.child.signal(signal.SIGINT)
-        return self.child.wait()
-
 
 def run_program(*words):
     from steer_nb.cli.cli import main
@@ -118,12 +115,23 @@ def run_program(*words):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def start_server(folder):
+    "A function: start a server with these options. All are ended after the tests."
+    started = []
+
+    def start(*words):
+        started.append(Server(folder, *words))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.child.kill()
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
     "A server of all steerings."
-    words = [word for name in STEERINGS for word in ("--steering", f"{name}=runs/{name}")]
-    server = Server(folder, *words)
-    yield server
-    server.child.kill()
+    return start_server(*(f"--steering={name}=runs/{name}" for name in STEERINGS))
 
 
 @pytest.fixture(scope="module")
@@ -281,37 +289,32 @@ def test_wrong_requests_are_errors_of_their_own(server, reference, path):
     assert server.complete(prompt, steering="vector") == reference(prompt, "vector")
 
 
-def test_a_default_and_one_of_two_in_a_folder(folder, reference):
-    server = Server(folder, "--steering", "half=two#linear", "--default", "half")
-    try:
-        prompt = words(3)
-        assert server.complete(prompt) == reference(prompt, "linear")
-        assert server.complete(prompt, strength=0.5) == reference(prompt, "linear", 0.5)
-        assert server.complete(prompt, strength=0) == reference(prompt)
-    finally:
-        done = server.stop()
+def test_a_default_and_one_of_two_in_a_folder(start_server, reference):
+    server = start_server("--steering", "half=two#linear", "--default", "half")
+    prompt = words(3)
+    assert server.complete(prompt) == reference(prompt, "linear")
+    assert server.complete(prompt, strength=0.5) == reference(prompt, "linear", 0.5)
+    assert server.complete(prompt, strength=0) == reference(prompt)
+    server.child.signal(signal.SIGINT)
+    done = server.child.wait()
     assert done.returncode == 0 and "'half': linear" in done.stdout, done.stderr
 
 
-def test_ctrl_c_answers_what_was_accepted_and_ends(folder):
-    server = Server(folder, "--steering", "vector=runs/vector")
+def test_ctrl_c_answers_what_was_accepted_and_ends(start_server):
+    server = start_server("--steering", "vector=runs/vector")
     stream = server.client.completions.create(
         model=f"{BASE}:vector", prompt=words(4), max_tokens=300, temperature=0, stream=True
     )
-    with ThreadPoolExecutor(1) as pool:
-        next(stream)
-        waiting = pool.submit(server.complete, words(4))  # behind the stream, in the same thread
-        logged = "chat"  # a third request, which is answered at once, follows the second one
-        assert server.post("/v1/completions", {"model": logged})[0] == 400
-        server.child.signal(signal.SIGINT)
-        received = 1 + sum(bool(chunk.choices[0].text) for chunk in stream)
-        assert received == 300
-        assert len(waiting.result().split()) == TOKENS
+    next(stream)
+    second = HTTPConnection(server.address.removeprefix("http://"), timeout=60)
+    body = json.dumps({"prompt": words(4), "max_tokens": 5})  # waits behind the stream
+    second.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    assert server.post("/v1/completions", {"model": "x"})[0] == 400  # so the second one was read
+    server.child.signal(signal.SIGINT)
+    assert list(stream)[-1].choices[0].finish_reason == "length"
+    assert json.loads(second.getresponse().read())["usage"]["completion_tokens"] == 5
     done = server.child.wait()
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    with pytest.raises(OSError):
-        urllib.request.urlopen(f"{server.address}/health", timeout=5)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def run_without_fastapi(*words):
