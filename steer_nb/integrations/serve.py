@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from uuid import uuid4
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState
@@ -18,7 +17,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from ..core.errors import SteerError, check_choice
 from ..core.loading import load_steering
-from ..core.steering import check_strength, steerings
+from ..core.steering import Steering, check_strength, steerings
 from ..data.models import load_model
 from steer_nb.integrations.requests import (
     RequestError,
@@ -32,17 +31,17 @@ from steer_nb.integrations.requests import (
 class _RequestModel:
     "The served model as one request sees it: `generate` uses the steering of the request."
 
-    def __init__(self, model: nn.Module, name: str | None, strength: float):
-        self._model, self._name, self._strength = model, name, strength
+    def __init__(self, handle: Steering, name: str | None, strength: float):
+        self._handle = handle  # any of the model's
+        self._name, self._strength = name, strength
 
     def __getattr__(self, name: str):
-        return getattr(self._model, name)
+        return getattr(self._handle.model, name)
 
     def generate(self, *args, **kwargs):
         "As that of the model. Each call has one prompt."
-        any_steering = next(iter(steerings(self._model).values()))
-        with any_steering.rows([self._name], [self._strength]):
-            return self._model.generate(*args, **kwargs)
+        with self._handle.rows([self._name], [self._strength]):
+            return self._handle.model.generate(*args, **kwargs)
 
 # %% ../../nbs/integrations/10_serve.ipynb #00000014
 class _RequestModels(ModelManager):
@@ -112,8 +111,8 @@ def server_app(
     It serves the steerings that are on the model now, by their names. A request chooses one by the
     field `vllm_xargs`, {"steering": name, "strength": number}, or as the model `name:steering`; its
     strength multiplies that of the steering on the model, which is read once. Requests are answered
-    one after the other. Raises `SteerError` if nothing is steered, the default is not
-    a steering, or a package is missing."""
+    one after the other. Raises `SteerError` if nothing is steered, the default is not a steering,
+    or a package is missing."""
     _check_installed()
     from fastapi import FastAPI, HTTPException
     from fastapi.responses import JSONResponse
@@ -125,6 +124,7 @@ def server_app(
         raise SteerError("the model is not steered: put a steering on it before it is served")
     if default is not None:
         check_choice("steering", default, saved, RequestError)
+    handle = steerings(model)[next(iter(saved))]
     app, state, started = FastAPI(title="steer_nb"), _OneThread(), int(time.time())
 
     def add_route(path: str, handler_class: type) -> None:
@@ -132,7 +132,7 @@ def server_app(
         async def answer(body: dict):
             chosen, strength = _take_choice(body, name, saved, default)
             known_as = name if chosen is None else f"{name}:{chosen}"
-            seen = _RequestModel(model, chosen, strength)
+            seen = _RequestModel(handle, chosen, strength)
             handler = handler_class(_RequestModels(seen, tokenizer, known_as), state)
             return await handler.handle_request(body, uuid4().hex)
 
@@ -152,8 +152,9 @@ def server_app(
     @app.exception_handler(HTTPException)
     @app.exception_handler(ValueError)
     def failed(_, error):
+        "An error in the form that OpenAI's clients show."
         status = getattr(error, "status_code", 400)
-        message = str(getattr(error, "detail", error))  # where OpenAI's clients look for it:
+        message = str(getattr(error, "detail", error))
         content = {"message": message, "type": "invalid_request_error", "code": status}
         return JSONResponse({"error": content}, status)
 
