@@ -30,6 +30,7 @@ setup(
         "lm_eval": project["lm_eval_requirements"].split(),
         "quantized": project["quantized_requirements"].split(),
         "ray": project["ray_requirements"].split(),
+        "serve": project["serve_requirements"].split(),
         "trl": project["trl_requirements"].split(),
         "vllm": project["vllm_requirements"].split(),
     },

@@ -55,6 +55,7 @@ _PUBLIC = {
     "integrations.lm_eval_tasks": ("to_lm_eval_task",),
     "evaluation.side_effects": ("SideEffects", "side_effects"),
     "integrations.trl": ("reference_model", "use_reference"),
+    "integrations.serve": ("serve", "server_app"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

@@ -30,6 +30,7 @@ COMMANDS = [
     "lm-eval",
     "generate",
     "chat",
+    "serve",
     "push",
     "distill",
     "experiment",

@@ -197,7 +197,11 @@ def test_what_the_library_imports_is_required():
         undeclared(
             contents(LIB, "*.py").values(),
             declared(
-                "requirements", "ray_requirements", "quantized_requirements", "lm_eval_requirements"
+                "requirements",
+                "ray_requirements",
+                "quantized_requirements",
+                "lm_eval_requirements",
+                "serve_requirements",
             ),
         )
         == set()

@@ -46,7 +46,7 @@ def parse_sources(text: str | Mapping[str, str]) -> dict[str, str]:
         entries = [entry.strip() for entry in text.split(",")]
         for entry in entries:
             if "=" not in entry:
-                raise RequestError(f"{entry!r} in {text!r} has no source: {_FORM}")
+                raise RequestError(f"cannot read {entry!r} as a steering: {_FORM}")
         pairs = [tuple(part.strip() for part in entry.split("=", 1)) for entry in entries]
     sources = {}
     for name, source in pairs:
