@@ -9,8 +9,9 @@ from steer_nb.core.errors import SteerError
 FIRST, SECOND = "linear_all", "nonlinear_all"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def llama(base):
+    "A base, and an engine that a failed test does not leave to the next."
     own = base("llama")
     with engine(own, {"a": own.sources[FIRST], "b": own.sources["vector_all"]}) as llm:
         yield own, llm
