@@ -79,9 +79,11 @@ def _take_choice(
     model = body.pop("model", None)
     if model is not None:
         check_choice("model", model, _model_names(base, saved), RequestError)
-        default = split_model_name(model, [base], saved)[1] or default
+    named = None if model is None else split_model_name(model, [base], saved)[1]
     given = body.pop("vllm_xargs", None)
-    name, strength = read_request(given, saved, default)
+    name, strength = read_request(given, saved, named or default)
+    if named not in (None, name):
+        raise RequestError(f"two steerings: {named!r} in the model's name, and {name!r}")
     for field in given or ():
         check_choice("extra field", field, ("steering", "strength"), RequestError)
     return name, check_strength(strength * saved.get(name, 1.0))
