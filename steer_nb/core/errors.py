@@ -36,7 +36,9 @@ def check_choice(
     known = tuple(known)
     if value not in known:
         names = ", ".join(str(one) for one in known)
-        raise error(f"no {what} {value!r}: there are {names}{nearest(value, known)}")
+        said = repr(value)
+        said = said if len(said) <= 200 else f"{said[:200]}…"
+        raise error(f"no {what} {said}: there are {names}{nearest(value, known)}")
 
 # %% ../../nbs/core/00_errors.ipynb #00000009
 def check_number(
