@@ -23,13 +23,13 @@ os.environ.update(
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     "Folders of models and steerings, and a reference for each model: `base('llama')`."
-    from served import Base
+    from served import Base, random_base
 
     made = {}
 
     def base(architecture: str) -> Base:
         if architecture not in made:
-            made[architecture] = Base(architecture, tmp_path_factory.mktemp(architecture))
+            made[architecture] = random_base(architecture, tmp_path_factory.mktemp(architecture))
         return made[architecture]
 
     return base

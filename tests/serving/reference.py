@@ -17,7 +17,7 @@ class Reference:
     "A model, and the folders of steerings by name."
 
     def __init__(self, model, sources: dict[str, Path]):
-        self.model, self.sources = model, dict(sources)
+        self.model, self.sources = model, sources
 
     @contextmanager
     def steered(self, name: str | None, strength: float):

@@ -41,21 +41,23 @@ EXTRA = {  # steerings beside those of `matrix_of_steerings`
 
 
 class Base:
-    "A model with steerings on disk, and its reference."
+    "A model in the folder `model` of another, steerings beside it, and a reference for them."
 
-    def __init__(self, architecture: str, folder: Path):
-        self.architecture, self.folder, self.model = architecture, folder, folder / "model"
-        model = write_model(architecture, self.model)
-        options = matrix_of_steerings() | EXTRA
-        self.sources = {
-            name: write_steering(model, folder / name, seed, **chosen)
-            for seed, (name, chosen) in enumerate(options.items())
-        }
+    def __init__(self, folder: Path, model):
+        self.folder, self.model, self.sources = folder, folder / "model", {}
         self.reference = Reference(model, self.sources)
 
     def write(self, name: str, seed: int, **options) -> Path:
-        "Write another steering of the model; its folder."
+        "Write a random steering of the model; its folder."
         return write_steering(self.reference.model, self.folder / name, seed, **options)
+
+
+def random_base(architecture: str, folder: Path) -> Base:
+    "A random model with the steerings of `matrix_of_steerings` and `EXTRA`."
+    base = Base(folder, write_model(architecture, folder / "model"))
+    for seed, (name, options) in enumerate((matrix_of_steerings() | EXTRA).items()):
+        base.sources[name] = base.write(name, seed, **options)
+    return base
 
 
 @dataclass
@@ -214,7 +216,7 @@ class Server:
             if value is not False:
                 flag = f"--{key.replace('_', '-')}"
                 command += [flag] if value is True else [flag, value]
-        command += ["--disable-uvicorn-access-log", "--enable-force-include-usage", *arguments]
+        command += ["--disable-uvicorn-access-log", *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command],

@@ -1,13 +1,15 @@
 """Compiled engines, tensor parallelism, both model runners, LoRA, and a real model."""
 
 import pytest
-from models import make_tokenizer, randomize
-from reference import EFFECT, TOLERANCE, Reference
-from served import Request, engine, run, tokens
+from models import randomize
+from reference import EFFECT, TOLERANCE
+from served import Base, Request, engine, run, tokens
+from transformers import AutoModelForCausalLM
 
 from steer_nb.convert.lora import to_lora
 from steer_nb.core.loading import load_steering
 from steer_nb.core.steering import steer
+from steer_nb.data.models import load_model
 
 NAMES = (
     "vector_all",
@@ -152,25 +154,18 @@ def test_a_lora_and_a_steering_in_one_request(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model(tmp_path, base):
-    "SmolLM2-135M: text in, and greedy text like that of transformers' `generate`."
-    from served import Base
-    from transformers import AutoModelForCausalLM
-
-    from steer_nb.data.models import load_model
-
+def test_a_real_model(tmp_path):
+    "SmolLM2-135M, on texts instead of random tokens."
     model, tokenizer = load_model("smollm2-135m")
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32").eval()
-    own = Base.__new__(Base)
-    own.folder, own.model, own.sources = tmp_path, tmp_path / "model", {}
+    own = Base(tmp_path, model)
     for seed, positions in enumerate(("all", "prompt", "completion", "last")):
         steering = steer(model, name="made", rank=8, positions=positions, layers=[8, 16, 24])
         randomize(steering, seed, 0.2)
         own.sources[positions] = steering.save(tmp_path / positions)
         steering.remove()
-    own.reference = Reference(model, own.sources)
     texts = ("The capital of France is", "Question: why is the sky blue? Answer:", "Once")
     asked = [
         Request(tokenizer(text).input_ids, name, strength, new=16)
@@ -182,7 +177,3 @@ def test_a_real_model(tmp_path, base):
         run(llm, asked)
     for one in asked:
         one.check(own.reference)
-
-
-def test_tokens_have_the_numbers_of_their_words():
-    assert make_tokenizer()("t7 t319").input_ids == [7, 319]

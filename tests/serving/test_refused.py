@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from models import write_steering
+from models import make_model, write_steering
 from served import Server, engine
 
 HEADS = {"site": "heads", "kind": "vector"}
@@ -18,7 +18,7 @@ def damaged(own, folder):
     return folder
 
 
-def renamed(own, folder):
+def edited(own, folder):
     "A steering whose file of options was edited."
     shutil.copytree(own.sources["linear_all"], folder)
     config = folder / "steering_config.json"
@@ -33,7 +33,7 @@ CASES = {
     "another base": (lambda own, other, folder: other.sources["linear_all"], "another model"),
     "other weights": (
         lambda own, other, folder: write_steering(
-            other_weights(own), folder / "x", 1, kind="vector"
+            make_model("llama", seed=1), folder / "x", 1, kind="vector"
         ),
         "weights",
     ),
@@ -41,17 +41,10 @@ CASES = {
         lambda own, other, folder: damaged(own, folder / "x"),
         "steering.safetensors",
     ),
-    "edited options": (lambda own, other, folder: renamed(own, folder / "x"), "rank"),
+    "edited options": (lambda own, other, folder: edited(own, folder / "x"), "rank"),
     "no folder": (lambda own, other, folder: folder / "missing", "missing"),
     "no steering in the folder": (lambda own, other, folder: own.model, "steering"),
 }
-
-
-def other_weights(own):
-    "A model of the same shape with other weights."
-    from models import make_model
-
-    return make_model(own.architecture, seed=1)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -144,6 +144,36 @@ def test_the_name_of_the_model_names_a_steering(server):
         by_model.check(server.base.reference, name)
 
 
+def test_several_prompts_in_one_request(server):
+    prompts = [tokens(length, length) for length in (5, 90, 31)]
+    request = Request(prompts, "linear_prompt", 0.5, n=2, temperature=0.9)
+    (answer,) = server.ask([request.body()])
+    assert answer["status"] == 200 and len(answer["choices"]) == 6, answer
+    for i, choice in enumerate(answer["choices"]):
+        found = choice["tokens"], choice["log_probabilities"]
+        server.base.reference.check(prompts[i // 2], *found, "linear_prompt", 0.5, greedy=False)
+
+
+def test_other_routes(server):
+    "Each route that generates knows the names of models with a steering, and the fields."
+    prompt = " ".join(f"t{n}" for n in tokens(12, 8))
+    asked = {"temperature": 0, "max_output_tokens": 8, "input": prompt}
+    texts = {}
+    for name, strength in (("linear_all", 1.0), ("linear_all", 0.0), (None, None)):
+        model = f"base:{name}" if name else "base"
+        body = asked | {"model": model, "vllm_xargs": {"strength": strength} if name else None}
+        answer = server.post("/v1/responses", body)
+        assert answer.status_code == 200, answer.text
+        texts[name, strength] = answer.json()["output"][0]["content"][0]["text"]
+    assert texts["linear_all", 1.0] != texts[None, None] == texts["linear_all", 0.0]
+    assert server.post("/v1/responses", asked | {"model": "base:nothing"}).status_code in (400, 404)
+    same = {"prompt": prompt}
+    assert (
+        server.post("/tokenize", same | {"model": "base:linear_all"}).json()
+        == server.post("/tokenize", same | {"model": "base"}).json()
+    )
+
+
 def test_the_openai_client(server):
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none")
     assert "base:linear_all" in {model.id for model in client.models.list()}
