@@ -43,30 +43,36 @@ def outline_of(model_config) -> nn.Module:
 
 def _runner(model: nn.Module, vllm_config, tokens: int = 8) -> Callable[[], torch.Tensor]:
     "A function that runs vLLM's model on a few tokens, without a cache and with attention off."
+    from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.attention import Attention
 
     device = next(model.parameters()).device
     input_ids = torch.arange(1, tokens + 1, device=device)
     positions = torch.arange(tokens, device=device)
     if vllm_config.model_config.uses_mrope:
         positions = positions.expand(3, -1)
-    attention = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    attention = [module for module in model.modules() if isinstance(module, Attention)]
 
     def run() -> torch.Tensor:
-        handles = [
-            module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-            for module in attention
-        ]
+        for module in attention:  # without a cache its output is whatever was in the memory
+            forward = module.forward
+            module.forward = lambda *args, forward=forward: torch.zeros_like(forward(*args))
         try:
             with (
+                set_current_vllm_config(vllm_config),
                 set_forward_context(None, vllm_config, num_tokens=tokens, skip_compiled=True),
                 torch.inference_mode(),
             ):
                 return model(input_ids, positions, None, None)
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            raise SteeringError(
+                f"{type(model).__name__} cannot be steered: its sites are proved by running it on "
+                f"a few tokens without a cache, and that fails ({error})"
+            ) from error
         finally:
-            for handle in handles:
-                handle.remove()
+            for module in attention:
+                del module.forward
 
     return run
 
@@ -82,12 +88,12 @@ def load_steerings(model: nn.Module, vllm_config) -> None:
     for served in settings["steerings"].values():
         kinds |= set(served["kinds"])
     places = find_engine_sites(model, sorted(kinds))
-    prove_sites(model, places, _runner(model, vllm_config))
+    parts_of = prove_sites(model, places, _runner(model, vllm_config))
     model._steer_nb = table, frozenset(places), outline_of(model_config)
     load_steering_into(model, settings["steerings"].values())
     if settings["fixed"]:
         table.prepare(places, model_config.get_hidden_size())
-    add_hooks(places)
+    add_hooks(places, parts_of)
 
 
 def load_steering_into(model: nn.Module, wanted) -> None:
