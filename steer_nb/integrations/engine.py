@@ -130,7 +130,9 @@ def _prove_branches(
     if at == "attn":
         for layer in range(len(stack)):
             place = locate(model, Site(layer, "mlp"), stack)
-            off[place.module] = lambda output: torch.zeros_like(first_tensor(output))
+            off[place.module] = lambda output, place=place: write(
+                place, output, torch.zeros_like(first_tensor(output))
+            )
 
     def streams(extra: Mapping[nn.Module, Callable]) -> dict[int, torch.Tensor]:
         seen = {}
@@ -165,8 +167,8 @@ def prove_sites(
 ) -> Callable[[object], Parts]:
     """How to read the residual stream from a layer's output: `sum_of_both` or `first_alone`.
 
-    Raises `SteeringError` unless the sites of an engine's model are what they are taken for. `run`
-    returns the last activations, is deterministic, and its attention may return zeros."""
+    Raises `SteeringError` if a site cannot be proved. `run` returns the last activations, is
+    deterministic, and its attention may return zeros."""
     stack, name = blocks(model), type(model).__name__
     meanings = (sum_of_both, first_alone)
     parts_of = next((one for one in meanings if _is_stream(stack, run, one)), None)
@@ -205,10 +207,14 @@ _LIBRARY.impl("add_shift_", _add_shift, "CompositeExplicitAutograd")
 torch.library.register_fake("steer_nb::add_shift_", lambda *_: None, lib=_LIBRARY)
 
 
-def add_hooks(places: Mapping[Site, Place], parts_of: Callable[[object], Parts]) -> list:
-    """Steer these sites by the table that is in use. Returns the hooks' handles.
+def add_hooks(
+    places: Mapping[Site, Place],
+    parts_of: Callable[[object], Parts],  # what `prove_sites` returned
+    table: SteeringTable,
+) -> list:
+    """Steer these sites by a table. Returns the hooks' handles.
 
-    `parts_of` is what `prove_sites` returned."""
+    Compiled code uses the table of `use_table`, which must be the same."""
 
     def register(site, module):
         def add(hidden, residual):
@@ -218,8 +224,7 @@ def add_hooks(places: Mapping[Site, Place], parts_of: Callable[[object], Parts])
             if torch.compiler.is_compiling():
                 torch.ops.steer_nb.add_shift_(hidden, residual, site.at, site.layer)
             else:
-                for table in _in_use:
-                    table.add_shift(site, hidden, residual)
+                table.add_shift(site, hidden, residual)
 
         def at_block(module, args, output):
             add(*parts_of(output))

@@ -42,6 +42,8 @@ def parse_sources(text: str | Mapping[str, str]) -> dict[str, str]:
     `=`, an empty or wrong name, a name given twice, and a wrong source."""
     if isinstance(text, Mapping):
         pairs = list(text.items())
+    elif not isinstance(text, str):
+        raise RequestError(f"cannot read {text!r:.100} as steerings: {_FORM}")
     else:
         entries = [entry.strip() for entry in text.split(",")]
         for entry in entries:
@@ -89,7 +91,7 @@ def read_request(
     if strength is None:
         return name, 1.0
     check_number("strength", strength, -10_000, 10_000, error=RequestError)
-    if name is None:
+    if name is None and strength != 0:
         names = f"; there are {', '.join(known)}" if known else ""
         raise RequestError(f"strength {strength} without a steering: name one{names}")
     return name, float(strength)

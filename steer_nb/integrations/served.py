@@ -8,6 +8,7 @@ __all__ = ['outline_model', 'fill_sampled', 'ServedSteering', 'check_servable', 
 # %% ../../nbs/integrations/07_served.ipynb #00000002
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def read_served(outline: nn.Module, source: str) -> tuple[ServedSteering, Stored
     `outline` has the weights that are compared. Raises a `SteerError` that says why it cannot be
     served."""
     place, name = split_source(source)
-    folder = steering_folder(place)
+    folder = steering_folder(os.path.expanduser(place))
     stored = read_steering(outline, folder, name)
     check_servable(stored)
     digest = _digest(folder, stored.name)
@@ -145,6 +146,7 @@ def read_sources(outline: nn.Module, sources: str | Mapping[str, str]) -> dict[s
     for name, source in parse_sources(sources).items():
         try:
             found[name] = read_served(outline, source)[0]
-        except SteerError as error:
-            raise SteeringError(f"the steering {name!r} cannot be served: {error}") from error
+        except (SteerError, OSError) as error:
+            reason = str(error).partition(" If it is meant for this one too")[0]  # not on a server
+            raise SteeringError(f"the steering {name!r} cannot be served: {reason}") from error
     return found

@@ -26,6 +26,7 @@ from steer_nb.integrations.vllm_worker import (
     KEY,
     choice_of,
     load_with_steerings,
+    patch,
     settings_of,
     update_worker,
 )
@@ -41,7 +42,7 @@ def _create_engine_config(original):
         config = original(self, *args, **kwargs)
         settings = checked_settings(asked, config)
         config.additional_config = {**(config.additional_config or {}), KEY: settings}
-        _patch_http()
+        _patch_entrypoints()
         return config
 
     return create
@@ -57,7 +58,7 @@ class Served:
             for name, fields in settings["steerings"].items()
         }
         self.default = settings["default"]
-        self.model_config = vllm_config.model_config
+        self.vllm_config = vllm_config
         parallel = vllm_config.parallel_config
         alone = parallel.data_parallel_size == 1 and parallel._api_process_count <= 1
         self.updates = settings["runtime_updates"] and alone
@@ -83,7 +84,7 @@ def _process_inputs(original):
     @wraps(original)
     def process(self, request_id, prompt, params, *args, **kwargs):
         served, extra = served_of(self), getattr(params, "extra_args", None) or {}
-        if served is None:
+        if served is None and "steering" not in extra:
             return original(self, request_id, prompt, params, *args, **kwargs)
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import SamplingParams
@@ -91,6 +92,8 @@ def _process_inputs(original):
         try:
             if KEY in extra:
                 raise SteeringError(f"a request has no field {KEY!r}: see steering and strength")
+            if served is None:
+                read_request(extra, ())
             choice = served.choose(extra) if isinstance(params, SamplingParams) else None
             if choice is not None and kwargs.get("resumable"):
                 raise SteeringError("a prompt that comes in parts cannot be steered")
@@ -168,7 +171,7 @@ def _change(served: Served, name: str, source: str | None) -> tuple[list[dict], 
             raise SteeringError(f"{name!r} is the default of this server and cannot be removed")
         del known[name]
     else:
-        known |= read_sources(outline_with_weights(served.model_config), {name: source})
+        known |= read_sources(outline_with_weights(served.vllm_config), {name: source})
         add = [known[name].as_dict()]
     return add, [one.digest for one in known.values()], known
 
@@ -242,34 +245,59 @@ class SteeringRoutes:
         self.client, self.lock = engine_client, asyncio.Lock()
 
 # %% ../../nbs/integrations/11_vllm.ipynb #0000000d
+def _extra_args(request) -> tuple[object, str] | None:
+    "Owner and name of a request's extra arguments; None for a kind of request that has none."
+    if getattr(request, "sampling_params", None) is not None:
+        return request.sampling_params, "extra_args"
+    in_body = "vllm_xargs" in type(request).model_fields  # a batch hands on what it does not know
+    if in_body or type(request).__name__ == "BatchChatCompletionRequest":
+        return request, "vllm_xargs"
+    return None
+
+
+def _take_name(served: Served, request, bases: list[str]) -> None:
+    "Turn a steering in the model's name into an extra argument. Raises `SteerError`."
+    place, model = _extra_args(request), request.model or ""
+    given = dict(place and getattr(*place, None) or {})
+    base, name = split_model_name(model, bases, served.known)
+    head, _, tail = model.rpartition(":")
+    if name is None and head in bases and model not in bases:
+        read_request({"steering": tail}, served.known)
+    if name is not None:
+        if place is None:
+            raise SteeringError(f"this address takes no steering: use the model {base!r}")
+        if given.setdefault("steering", name) != name:
+            raise SteeringError(f"two steerings: {name!r} in the model's name and another one")
+        request.model = base
+        setattr(*place, given)
+    if getattr(request, "use_beam_search", False) and (given.get("steering") or served.default):
+        raise SteeringError("beam search cannot be steered")
+
+
 def _check_model(original):
     @wraps(original)
     async def check(self, request):
         served = served_of(self.models.input_processor)
-        if served is None or not request.model or request.model in self.models.lora_requests:
-            return await original(self, request)
-        bases = [model.name for model in self.models.base_model_paths]
-        base, name = split_model_name(request.model, bases, served.known)
-        own = dict(getattr(request, "vllm_xargs", None) or {})
-        try:
-            head, _, tail = request.model.rpartition(":")
-            if name is None and head in bases and request.model not in bases:
-                read_request({"steering": tail}, served.known)
-            if name is not None and own.get("steering", name) != name:
-                raise SteeringError(
-                    f"two steerings: {name!r} in the model's name, and {own['steering']!r}"
-                )
-            if name is not None:
-                request.model, own["steering"] = base, name
-                if hasattr(request, "vllm_xargs"):
-                    request.vllm_xargs = own
-            if getattr(request, "use_beam_search", False) and served.choose(own) is not None:
-                raise SteeringError("beam search cannot be steered")
-        except SteerError as error:
-            return self.create_error_response(str(error))
+        if served is not None:
+            bases = [model.name for model in self.models.base_model_paths]
+            try:
+                _take_name(served, request, [*bases, *self.models.lora_requests])
+            except SteerError as error:
+                return self.create_error_response(str(error))
         return await original(self, request)
 
     return check
+
+
+def _beam_search(original):
+    @wraps(original)
+    def search(self, *args, **kwargs):
+        served = served_of(self.llm_engine.input_processor)
+        if served is not None and served.default is not None:
+            raise SteeringError("beam search cannot be steered, and this LLM has a default")
+        return original(self, *args, **kwargs)
+
+    return search
 
 
 def _show_available_models(original):
@@ -286,25 +314,15 @@ def _show_available_models(original):
     return show
 
 # %% ../../nbs/integrations/11_vllm.ipynb #0000000f
-def _patch(owner, name: str, wrap) -> None:
-    "Replace a function of vLLM by a wrapped one, once. Raises `AttributeError` if there is none."
-    original = getattr(owner, name)
-    if getattr(original, "_steer_nb", False):
-        return
-    wrapped = wrap(original)
-    wrapped._steer_nb = True
-    setattr(owner, name, wrapped)
-
-
-def _patch_http() -> None:
-    "In a process with vLLM's HTTP server."
-    if "vllm.entrypoints.openai.models.serving" not in sys.modules:
-        return
+def _patch_entrypoints() -> None:
+    "In a process where requests enter."
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
-    _patch(BaseServing, "_check_model", _check_model)
-    _patch(OpenAIServingModels, "show_available_models", _show_available_models)
+    patch(BaseServing, "_check_model", _check_model)
+    patch(OpenAIServingModels, "show_available_models", _show_available_models)
+    patch(BeamSearchOfflineMixin, "beam_search", _beam_search)
 
 
 def register() -> None:
@@ -315,12 +333,12 @@ def register() -> None:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
-    _patch(EngineArgs, "create_engine_config", _create_engine_config)
-    _patch(InputProcessor, "process_inputs", _process_inputs)
-    _patch(BaseModelLoader, "load_model", load_with_steerings)
+    patch(EngineArgs, "create_engine_config", _create_engine_config)
+    patch(InputProcessor, "process_inputs", _process_inputs)
+    patch(BaseModelLoader, "load_model", load_with_steerings)
     EngineCore.steer_nb_update = _update_engine
     keys = "generate_block_hash_extra_keys"
     plain = getattr(kv_cache_utils, keys)
     for name, module in list(sys.modules.items()):  # some have imported it by its name
         if name.startswith("vllm.v1.") and vars(module).get(keys) is plain:
-            _patch(module, keys, _extra_keys)
+            patch(module, keys, _extra_keys)

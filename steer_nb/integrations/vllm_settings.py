@@ -23,7 +23,7 @@ def asked_settings(additional_config) -> dict | None:
     environment = {
         "steerings": os.environ.get("STEER_NB_STEERINGS"),
         "default": os.environ.get("STEER_NB_DEFAULT"),
-        "runtime_updates": os.environ.get("STEER_NB_RUNTIME_UPDATES") == "1" or None,
+        "runtime_updates": os.environ.get("STEER_NB_RUNTIME_UPDATES", "").lower() in ("1", "true"),
     }
     environment = {name: value for name, value in environment.items() if value}
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
@@ -41,6 +41,11 @@ def asked_settings(additional_config) -> dict | None:
 
 def _unsupported(config) -> list[str]:
     "What a vLLM configuration asks for that is not right, or not tested, with steerings."
+    from vllm import envs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    loader = get_model_loader(config.load_config)
     parallel, model, compilation = (
         config.parallel_config,
         config.model_config,
@@ -58,9 +63,10 @@ def _unsupported(config) -> list[str]:
         "sleep mode": model.enable_sleep_mode,
         "a model that does not generate": model.runner_type != "generate",
         "an encoder-decoder model": model.is_encoder_decoder,
+        "VLLM_USE_RUST_FRONTEND": bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False)),
         "the V2 model runner": config.use_v2_model_runner,
-        f"load_format={config.load_config.load_format!r}": config.load_config.load_format
-        in ("tensorizer", "modelexpress"),
+        f"load_format={config.load_config.load_format!r}": type(loader).load_model
+        is not BaseModelLoader.load_model,
     }
     return [reason for reason, found in reasons.items() if found]
 
@@ -72,10 +78,9 @@ def checked_settings(asked: Mapping, config) -> dict:
     unsupported = _unsupported(config)
     if unsupported:
         raise SteeringError(f"steerings cannot be served with {', '.join(unsupported)}")
-    model = config.model_config
     steerings = {}
     if asked.get("steerings"):
-        steerings = read_sources(outline_with_weights(model), asked["steerings"])
+        steerings = read_sources(outline_with_weights(config), asked["steerings"])
     default = asked.get("default")
     read_request({"steering": default}, steerings)
     compilation = config.compilation_config
@@ -92,11 +97,11 @@ def checked_settings(asked: Mapping, config) -> dict:
     }
 
 
-def outline_with_weights(model_config):
+def outline_with_weights(config):
     "The outline of the base model, with the weights that are compared, as far as they are found."
     from vllm.logger import init_logger
 
-    outline = outline_of(model_config)
+    outline, model_config = outline_of(config), config.model_config
     if not fill_sampled(outline, model_config.model, model_config.revision):
         init_logger(__name__).warning(
             "steer_nb: %s has no safetensors files of its own, so only the shape of the base model "
