@@ -96,22 +96,22 @@ def test_a_steering_is_swapped_while_requests_run(server):
         "/v1/load_steering", {"name": "swapped", "source": str(own.sources["linear_all"])}
     )
     assert answer.status_code == 200, answer.text
-    old = [Request(tokens(20 + 30 * i, i), "swapped", new=300) for i in range(3)]
+    old = [Request(tokens(20 + 30 * i, i), "swapped", new=400) for i in range(3)]
     streams = [begin(server, request) for request in old]
     for stream in streams:
         next(stream)  # it runs
     replaced = {"name": "swapped", "source": str(own.sources["full_all"])}
     assert server.post("/v1/load_steering", replaced).status_code == 200
+    running = server.metric("vllm:num_requests_running")
     new = [Request(request.prompt, "swapped", 0.7) for request in old]
     server.run(new)
     assert server.post("/v1/unload_steering", {"name": "swapped"}).status_code == 200
     (refused,) = server.ask([Request(tokens(9, 9), "swapped").body()])
     assert refused["status"] == 400 and "linear_all" in refused["error"]
-    running = server.metric("vllm:num_requests_running")
     for request, stream in zip(old, streams, strict=True):
         request.answers = list(stream)[-1]
         request.check(own.reference, "linear_all")
-    assert running > 0  # the streams were not over before
+    assert running > 0  # the streams were not over when it was replaced
     for request in new:
         request.check(own.reference, "full_all")
     assert server.post("/v1/unload_steering", {"name": "swapped"}).status_code in (400, 404)
@@ -146,12 +146,12 @@ def test_the_name_of_the_model_names_a_steering(server):
 
 def test_several_prompts_in_one_request(server):
     prompts = [tokens(length, length) for length in (5, 90, 31)]
-    request = Request(prompts, "linear_prompt", 0.5, n=2, temperature=0.9)
+    request = Request(prompts, "nonlinear_prompt", 0.5, n=2, temperature=0.9)
     (answer,) = server.ask([request.body()])
     assert answer["status"] == 200 and len(answer["choices"]) == 6, answer
     for i, choice in enumerate(answer["choices"]):
         found = choice["tokens"], choice["log_probabilities"]
-        server.base.reference.check(prompts[i // 2], *found, "linear_prompt", 0.5, greedy=False)
+        server.base.reference.check(prompts[i // 2], *found, "nonlinear_prompt", 0.5, greedy=False)
 
 
 def test_other_routes(server):
