@@ -38,10 +38,14 @@ def _create_engine_config(original):
         asked = asked_settings(self.additional_config)
         if asked is None:
             return original(self, *args, **kwargs)
+        from vllm.logger import init_logger
+
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the one that is tested
         config = original(self, *args, **kwargs)
         settings = checked_settings(asked, config)
         config.additional_config = {**(config.additional_config or {}), KEY: settings}
+        names = ", ".join(settings["steerings"]) or "none yet"
+        init_logger("vllm.steer_nb").info("steerings: %s", names)
         _patch_entrypoints()
         return config
 
@@ -264,12 +268,13 @@ def _take_name(served: Served, request, bases: list[str]) -> None:
     if name is None and head in bases and model not in bases:
         read_request({"steering": tail}, served.known)
     if name is not None:
-        if place is None:
-            raise SteeringError(f"this address takes no steering: use the model {base!r}")
         if given.setdefault("steering", name) != name:
             raise SteeringError(f"two steerings: {name!r} in the model's name and another one")
+        if place is not None:
+            setattr(*place, given)
+        elif "okenize" not in type(request).__name__:
+            raise SteeringError(f"this address takes no steering: use the model {base!r}")
         request.model = base
-        setattr(*place, given)
     if getattr(request, "use_beam_search", False) and (given.get("steering") or served.default):
         raise SteeringError("beam search cannot be steered")
 

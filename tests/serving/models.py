@@ -40,6 +40,10 @@ ARCHITECTURES = {
         "query_pre_attn_scalar": 32,
     },
 }
+OTHERS = {
+    "olmo": {"model_type": "olmo2"},  # vLLM runs it with the code of transformers
+    "cohere": {"model_type": "cohere", "tie_word_embeddings": True},  # returns the whole stream
+}
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}t7"
 
 KINDS = ("vector", "linear", "nonlinear", "loreft", "direft", "full")
@@ -65,7 +69,7 @@ def make_model(architecture: str, seed: int = 0):
     """A random model whose logits have a standard deviation of about 2.
 
     The embedding, the blocks and the output have the scale that trained models have."""
-    fields = dict(ARCHITECTURES[architecture])
+    fields = dict({**ARCHITECTURES, **OTHERS}[architecture])
     config = CONFIG_MAPPING[fields.pop("model_type")](**SHAPE, **fields)
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(zlib.crc32(architecture.encode()) + seed)

@@ -1,7 +1,7 @@
 """Compiled engines, tensor parallelism, both model runners, LoRA, and a real model."""
 
 import pytest
-from models import randomize
+from models import OTHERS, randomize
 from reference import EFFECT, TOLERANCE
 from served import Base, Request, engine, run, tokens
 from transformers import AutoModelForCausalLM
@@ -40,6 +40,14 @@ def check(own, llm, names=NAMES) -> None:
         one.check(own.reference)
         if one.name and one.strength is None:
             assert own.reference.effect(one.prompt, one.answers[0]["tokens"], one.name) > EFFECT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_layers_of_other_forms(base, architecture):
+    own = base(architecture)
+    with engine(own, NAMES) as llm:
+        check(own, llm)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 from models import make_model, write_steering
-from served import Server, engine
+from served import Request, Server, engine, run, tokens
+from vllm.exceptions import VLLMValidationError
 
 HEADS = {"site": "heads", "kind": "vector"}
 
@@ -65,6 +66,14 @@ def test_a_default_that_is_no_steering(base):
         engine(base("llama"), ["vector_all"], default="vector_al"),
     ):
         pass
+
+
+def test_a_request_to_an_engine_without_steerings(base):
+    with (
+        engine(base("llama")) as llm,
+        pytest.raises(VLLMValidationError, match="without steerings"),
+    ):
+        run(llm, [Request(tokens(5, 1), "linear_all")])
 
 
 def test_names_that_cannot_be_named(base):

@@ -7,6 +7,8 @@ from models import ARCHITECTURES, KINDS, POSITIONS, matrix_of_steerings
 from reference import EFFECT, TOLERANCE
 from served import CHUNK, EXTRA, Request, engine, run, tokens
 
+from steer_nb.core.errors import SteerError
+
 NAMES = [*matrix_of_steerings(), *EXTRA]
 STRENGTHS = (1.0, 0.5, -1.0)
 
@@ -86,6 +88,14 @@ def test_requests_that_say_nothing_get_the_default(llama):
     for one in off:
         answer = one.answers[0]
         reference.check(one.prompt, answer["tokens"], answer["log_probabilities"])
+
+
+def test_beam_search_is_refused_where_there_is_a_default(llama):
+    from vllm.sampling_params import BeamSearchParams
+
+    _, llm = llama
+    with pytest.raises(SteerError, match="beam search"):
+        llm.beam_search([{"prompt_token_ids": tokens(9, 1)}], BeamSearchParams(2, 3))
 
 
 @pytest.mark.parametrize("name", [f"linear_{mark}" for mark in marks()])

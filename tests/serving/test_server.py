@@ -33,7 +33,7 @@ BLOCKS = 64  # of the KV cache: four of the longest texts
 def server(base):
     "A server whose cache is too small for its requests, so that it preempts some."
     few = ("--num-gpu-blocks-override", BLOCKS)
-    with Server(base("llama"), NAMES, arguments=few) as server:
+    with Server(base("llama"), NAMES, arguments=(*few, "--enable-scale-out")) as server:
         yield server
 
 
@@ -96,14 +96,14 @@ def test_a_steering_is_swapped_while_requests_run(server):
         "/v1/load_steering", {"name": "swapped", "source": str(own.sources["linear_all"])}
     )
     assert answer.status_code == 200, answer.text
-    old = [Request(tokens(20 + 30 * i, i), "swapped", new=400) for i in range(3)]
+    old = [Request(tokens(20 + 3 * i, i), "swapped", new=440) for i in range(8)]
     streams = [begin(server, request) for request in old]
     for stream in streams:
         next(stream)  # it runs
     replaced = {"name": "swapped", "source": str(own.sources["full_all"])}
     assert server.post("/v1/load_steering", replaced).status_code == 200
     running = server.metric("vllm:num_requests_running")
-    new = [Request(request.prompt, "swapped", 0.7) for request in old]
+    new = [Request(request.prompt, "swapped", 0.7) for request in old[:3]]
     server.run(new)
     assert server.post("/v1/unload_steering", {"name": "swapped"}).status_code == 200
     (refused,) = server.ask([Request(tokens(9, 9), "swapped").body()])
@@ -174,6 +174,35 @@ def test_other_routes(server):
     )
 
 
+def test_routes_whose_requests_have_other_fields(server):
+    "A batch of conversations, and tokens in and out; a score cannot be steered."
+    reference, prompt = server.base.reference, tokens(25, 6)
+    tokens_out = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    body = {"model": "base:linear_all", "token_ids": prompt, "sampling_params": tokens_out}
+    answer = server.post("/inference/v1/generate", body)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    rows = [row["logprob"] for row in choice["logprobs"]["content"]]
+    reference.check(prompt, choice["token_ids"], rows, "linear_all", 1.0)
+
+    said = [{"role": "user", "content": " ".join(f"t{n}" for n in prompt)}]
+    asked = {"max_tokens": 8, "temperature": 0}
+    texts = {}
+    for model in ("base", "base:linear_all"):
+        one = server.post("/v1/chat/completions", {"model": model, "messages": said, **asked})
+        body = {"model": model, "messages": [said, said], **asked}
+        batch = server.post("/v1/chat/completions/batch", body)
+        assert one.status_code == batch.status_code == 200, batch.text
+        texts[model] = one.json()["choices"][0]["message"]["content"]
+        found = [choice["message"]["content"] for choice in batch.json()["choices"]]
+        assert found == [texts[model]] * 2
+    assert texts["base"] != texts["base:linear_all"]
+
+    scored = {"query": prompt, "items": [[9], [10]], "label_token_ids": [5, 6]}
+    answer = server.post("/generative_scoring", scored | {"model": "base:linear_all"})
+    assert answer.status_code == 400 and "no steering" in answer.text
+
+
 def test_the_openai_client(server):
     client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none")
     assert "base:linear_all" in {model.id for model in client.models.list()}
@@ -240,9 +269,15 @@ def test_a_wrong_request_is_refused(server, case):
 
 
 def test_beam_search_with_a_steering_is_refused(server):
-    body = Request(tokens(10, 1), "linear_all").body(use_beam_search=True, n=2, logprobs=None)
-    (answer,) = server.ask([body])
-    assert answer["status"] == 400 and "beam search" in answer["error"]
+    beam = {"use_beam_search": True, "n": 2, "logprobs": None}
+    named = Request(tokens(10, 1), "linear_all").body(**beam)
+    without_model = {key: value for key, value in named.items() if key != "model"}
+    by_model = Request(tokens(10, 1)).body(**beam, model="base:linear_all")
+    for body in (named, without_model, by_model):
+        (answer,) = server.ask([body])
+        assert answer["status"] == 400 and "beam search" in answer["error"], answer
+    (plain,) = server.ask([Request(tokens(10, 1)).body(**beam)])
+    assert plain["status"] == 200
 
 
 def test_an_unknown_model_is_refused(server):
