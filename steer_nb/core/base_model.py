@@ -55,8 +55,9 @@ def fingerprint(model: nn.Module, vocabulary: int | None = None) -> dict[str, li
     found = {}
     for part, place in sampled_matrices(model).items():
         matrix = None if place is None else getattr(*place)
-        rows = vocabulary if part == "embedding" else None
-        found[part] = None if matrix is None else sample_weights(matrix[:rows])
+        if part == "embedding":
+            matrix = matrix[:vocabulary]
+        found[part] = None if matrix is None else sample_weights(matrix)
     return found
 
 

@@ -196,15 +196,15 @@ def use_table(table: SteeringTable | None) -> None:
     _in_use[:] = [] if table is None else [table]
 
 
-def _add_shift(hidden, residual, kind: str, layer: int) -> None:
+@torch.library.custom_op("steer_nb::add_shift_", mutates_args=["hidden"])
+def _add_shift(hidden: torch.Tensor, residual: torch.Tensor | None, kind: str, layer: int) -> None:
     for table in _in_use:
         table.add_shift(Site(layer, kind), hidden, residual)
 
 
-_LIBRARY = torch.library.Library("steer_nb", "FRAGMENT")
-_LIBRARY.define("add_shift_(Tensor(a!) hidden, Tensor? residual, str kind, int layer) -> ()")
-_LIBRARY.impl("add_shift_", _add_shift, "CompositeExplicitAutograd")
-torch.library.register_fake("steer_nb::add_shift_", lambda *_: None, lib=_LIBRARY)
+@_add_shift.register_fake
+def _(hidden, residual, kind, layer):
+    return None
 
 
 def add_hooks(
