@@ -8,6 +8,7 @@ __all__ = ['RequestError', 'split_source', 'parse_sources', 'read_request', 'spl
 # %% ../../nbs/integrations/05_requests.ipynb #00000002
 import re
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 
 from ..core.errors import SteerError, check_choice, check_number
 from ..core.files import NAME_PATTERN
@@ -82,6 +83,10 @@ def read_request(
             f"the extra fields of a request are {given!r}; they must be an object such as "
             '{"steering": "sst2", "strength": 0.5}'
         )
+    for field in given or ():
+        close = get_close_matches(field, ("steering", "strength"), n=1, cutoff=0.86)
+        if close and field != close[0]:
+            raise RequestError(f"no field {field!r}; did you mean {close[0]!r}?")
     name, strength = (given or {}).get("steering"), (given or {}).get("strength")
     if name is not None and not known:
         raise RequestError(f"no steering {name!r}: this server was started without steerings")

@@ -269,7 +269,8 @@ def _take_name(served: Served, request, bases: list[str]) -> None:
         read_request({"steering": tail}, served.known)
     if name is not None:
         if given.setdefault("steering", name) != name:
-            raise SteeringError(f"two steerings: {name!r} in the model's name and another one")
+            other = given["steering"]
+            raise SteeringError(f"two steerings: {name!r} in the model's name, and {other!r:.80}")
         if place is not None:
             setattr(*place, given)
         elif "okenize" not in type(request).__name__:
