@@ -7,7 +7,7 @@ __all__ = ['MOST', 'NO_STEERING', 'SMALL', 'Piece', 'pack_adapter', 'SitePack', 
 
 # %% ../../nbs/integrations/06_packed.ipynb #00000002
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -240,14 +240,14 @@ class FixedTable(SteeringTable):
         self.activations: set[str] = set()
         super().__init__(like)
 
-    def prepare(self, sites: Iterable[Site], hidden_size: int) -> None:
+    def prepare(self, sites: Collection[Site], hidden_size: int) -> None:
         "Make the buffers, for the steerings that are loaded and later ones of their ranks."
         own = [pieces for _, _, pieces in self.loaded.values()]
         lengths = [sum(len(p.inner) for p in at) for pieces in own for at in pieces.values()]
         self.rank = max(lengths, default=8) + 1  # one for a constant
         self.activations = {p.activation for s in own for at in s.values() for p in at} - {None}
         size = self.capacity + 1, self.rank
-        numbers = 2 * (self.capacity + 1) * self.rank * hidden_size * len(list(sites))
+        numbers = 2 * (self.capacity + 1) * self.rank * hidden_size * len(sites)
         if numbers * self.like.itemsize > MOST:
             raise SteeringError(
                 f"the buffers for CUDA graphs would take {numbers * self.like.itemsize / 1e9:.0f} "
@@ -311,10 +311,12 @@ class FixedTable(SteeringTable):
         self.strengths[: len(slots), 0] = torch.from_numpy(strengths).to(self.strengths)
 
     def add_shift(self, site, hidden, residual=None):
-        "As `SteeringTable.add_shift`, from the buffers if there are at most `most` tokens."
-        tokens = hidden.shape[0]
-        if tokens > self.most:
+        "As `SteeringTable.add_shift`, from the buffers if the batch has at most `most` tokens."
+        if self._tokens > self.most:
             return super().add_shift(site, hidden, residual)
+        hidden = hidden[: self.most]  # behind them is padding
+        residual = None if residual is None else residual[: self.most]
+        tokens = hidden.shape[0]
         if site not in self.buffers:
             return
         buffers, index = self.buffers[site], self.index[:tokens]

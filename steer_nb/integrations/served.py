@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -90,11 +90,7 @@ class ServedSteering:
     digest: str  # of its content
     positions: str  # as in `SteeringConfig`
     strength: float  # as it was saved
-    kinds: tuple[str, ...]  # the kinds of sites, of `SITES`
-
-    def as_dict(self) -> dict:
-        "Its fields, as JSON has them."
-        return {**asdict(self), "kinds": list(self.kinds)}
+    kinds: list[str]  # the kinds of sites, of `SITES`
 
 
 def _digest(folder: Path, stored: str) -> str:
@@ -131,7 +127,7 @@ def read_served(outline: nn.Module, source: str) -> tuple[ServedSteering, Stored
     stored = read_steering(outline, folder, name)
     check_servable(stored)
     digest = _digest(folder, stored.name)
-    kinds = tuple(sorted({built.site.at for built in stored.built}))
+    kinds = sorted({built.site.at for built in stored.built})
     served = ServedSteering(
         str(folder.resolve()), stored.name, digest, stored.config.positions, stored.strength, kinds
     )

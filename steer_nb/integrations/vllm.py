@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import wraps
 
 from ..core.errors import SteerError, SteeringError
@@ -58,8 +59,7 @@ class Served:
     def __init__(self, vllm_config):
         settings = settings_of(vllm_config)
         self.known = {
-            name: ServedSteering(**{**fields, "kinds": tuple(fields["kinds"])})
-            for name, fields in settings["steerings"].items()
+            name: ServedSteering(**fields) for name, fields in settings["steerings"].items()
         }
         self.default = settings["default"]
         self.vllm_config = vllm_config
@@ -176,7 +176,7 @@ def _change(served: Served, name: str, source: str | None) -> tuple[list[dict], 
         del known[name]
     else:
         known |= read_sources(outline_with_weights(served.vllm_config), {name: source})
-        add = [known[name].as_dict()]
+        add = [asdict(known[name])]
     return add, [one.digest for one in known.values()], known
 
 

@@ -8,6 +8,7 @@ __all__ = ['asked_settings', 'checked_settings', 'outline_with_weights']
 # %% ../../nbs/integrations/10_vllm_settings.ipynb #00000002
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from ..core.errors import SteeringError
 from ..core.sites import check_site
@@ -30,9 +31,8 @@ def asked_settings(additional_config) -> dict | None:
     if given is None:
         return environment or None
     if environment:
-        raise SteeringError(
-            f"steerings are given twice: in additional_config and in STEER_NB_{min(environment)}"
-        )
+        name = f"STEER_NB_{min(environment).upper()}"
+        raise SteeringError(f"steerings are given twice: in additional_config and in {name}")
     known = {"steerings", "default", "runtime_updates", "sites", "fixed_buffers"}
     if not isinstance(given, Mapping) or not set(given) <= known:
         raise SteeringError(f"additional_config['{KEY}'] has the fields {', '.join(sorted(known))}")
@@ -89,7 +89,7 @@ def checked_settings(asked: Mapping, config) -> dict:
         fixed = compilation.cudagraph_mode.name != "NONE"
     most = compilation.max_cudagraph_capture_size or config.scheduler_config.max_num_batched_tokens
     return {
-        "steerings": {name: served.as_dict() for name, served in steerings.items()},
+        "steerings": {name: asdict(served) for name, served in steerings.items()},
         "default": default,
         "runtime_updates": bool(asked.get("runtime_updates")),
         "sites": [check_site(site) for site in asked.get("sites", ["block"])],

@@ -118,7 +118,7 @@ def load_steering_into(model: nn.Module, wanted) -> None:
     "Load these `ServedSteering`s, as dicts, into the table of a worker's model."
     table, sites, outline = model._steer_nb
     for fields in wanted:
-        served = ServedSteering(**{**fields, "kinds": tuple(fields["kinds"])})
+        served = ServedSteering(**fields)
         found, stored = read_served(outline, f"{served.folder}#{served.stored}")
         if found.digest != served.digest:
             raise SteeringError(f"{served.folder} was changed while the server read it")
