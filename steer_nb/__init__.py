@@ -12,6 +12,7 @@ _PUBLIC = {
     "core.hooks": ("capture", "edit"),
     "core.adapters": ("Adapter", "make_adapter", "adapter_size"),
     "core.passes": ("prompt_ends",),
+    "core.precision": ("half_precision",),
     "core.config": ("SteeringConfig",),
     "core.steering": ("Steering", "SteeringSum", "steer", "steerings"),
     "core.loading": ("load_steering",),

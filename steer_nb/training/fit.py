@@ -24,6 +24,7 @@ from torch import nn
 
 from ..core.base_model import describe_base, sample_weights
 from ..core.errors import SteeringError, check_number
+from ..core.precision import half_precision
 from steer_nb.core.quantized import (
     count_parameters,
     describe_weights,
@@ -278,7 +279,8 @@ def fit(
                                 "processes": accelerator.num_processes,
                             }
                             checkpointer.begin_stage(stage * len(plan), finished, record)
-                        stopped = trainer.run(stop, checkpointer)
+                        with half_precision(method.model, trainer.precision, training=True):
+                            stopped = trainer.run(stop, checkpointer)
                         seconds.update(trainer.progress.seconds)
                     trained = full_state(method.model, trainer.parameters)
                 finished |= {f"stage.{stage}.{name}": tensor for name, tensor in trained.items()}

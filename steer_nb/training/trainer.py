@@ -108,13 +108,13 @@ class Trainer:
         self.report = report if accelerator.is_main_process else None
         self.method, self.tokenizer, self.splits, self.plan = method, tokenizer, splits, plan
         self.config, self.accelerator, self.retained = config, accelerator, retained
-        self.precision = mixed_precision(config, accelerator)
         self.parameters = trainable_parameters(method.model)
         if wants_sharding(accelerator):
             self.parallel = shard_model(method.model, accelerator.device)
             self.parameters = trainable_parameters(method.model)  # sharding has replaced them
         else:
             self.parallel = accelerator.prepare_model(method.model)
+        self.precision = mixed_precision(method.model, config, accelerator)
         if retained is not None:
             retained.begin(method.model)
         groups = method.groups()
@@ -143,6 +143,7 @@ class Trainer:
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
             "method": self.method.state(),
+            "precision": self.precision,
         }
         return tensors, record
 
@@ -157,6 +158,7 @@ class Trainer:
         if record["scaler"]:
             self.scaler.load_state_dict(record["scaler"])
         self.method.set_state(record["method"])
+        self.precision = record["precision"]  # `auto` could choose another one now
 
     def load_parameters(self, tensors: Mapping[str, torch.Tensor]) -> None:
         "Copy whole parameters, as `full_state` returns them, into the model."
