@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'PRECISIONS', 'TRACKERS', 'RUN_FILE', 'STEERING_FOLDER',
 
 # %% ../../nbs/training/00_config.ipynb #36d04404
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..core.errors import SteerError, check_choice, check_number
@@ -96,6 +96,12 @@ class TrainConfig:
         check_choice("precision", self.precision, PRECISIONS, TrainError)
         if self.log_with is not None:
             check_choice("tracker log_with", self.log_with, TRACKERS, TrainError)
+
+    @property
+    def identity(self) -> dict:
+        "The options on which the result depends."
+        free = ("log_with", "cache_prefix", "cache_limit")
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 # %% ../../nbs/training/00_config.ipynb #e50205df
 def learning_rates(
