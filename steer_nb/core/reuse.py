@@ -27,6 +27,7 @@ from .passes import passes_of
 from steer_nb.core.prefix import (
     PrefixError,
     acting_inside,
+    checkpointed_modules,
     modules_below,
     own_tensors,
     prefix_digest,
@@ -86,6 +87,10 @@ class ReusedPrefix:
             raise PrefixError("weights are offloaded")
         if is_compiled(self.model):
             raise PrefixError("the model is compiled")
+        for module in checkpointed_modules(self.model):
+            how = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(how, "keywords", {}).get("use_reentrant", True):
+                raise PrefixError("gradient checkpointing is not with use_reentrant=False")
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise PrefixError("prompt tuning of PEFT puts trained tokens before each text")
         text_config = self.model.config.get_text_config(decoder=True)
@@ -203,6 +208,9 @@ class ReusedPrefix:
         mask = (longest < torch.tensor(_PROBE)[:, None]).long()
         with evaluating(self.model):
             expected = self._followed(ids, mask)
+            reason = acting_inside(self.before)
+            if reason is not None:
+                raise PrefixError(f"before the blocks {reason}")
             self.store = _Memory()
             for count, row in zip(_PROBE, ids, strict=True):
                 self._logits(row[None, :count], mask[:1, :count])
@@ -218,9 +226,6 @@ class ReusedPrefix:
                 f"{error:.1g} of their size): upper blocks read more than the output of the block "
                 "below, or a row depends on the padding"
             )
-        reason = acting_inside(self.before)
-        if reason is not None:
-            raise PrefixError(f"before the blocks {reason}")
         below = [*self.before, *modules_below(self.stack, self.length)]
         self.random = random_modules(below)
         if training and self.random:
@@ -292,7 +297,8 @@ def reuse_prefix(
         except SteerError:
             raise
         except Exception as error:
-            raise PrefixError(f"two short rows cannot be computed: {error}") from error
+            said = f"{type(error).__name__}: {error}"
+            raise PrefixError(f"a trial with two short rows failed ({said})") from error
         reused.store, _OPEN[key] = cache, reused
         try:
             yield reused
