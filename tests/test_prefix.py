@@ -428,7 +428,7 @@ def test_other_arguments_are_not_ignored():
         for options, other in zip(calls, expected, strict=True):
             assert torch.equal(logits(model, **options), other)
         states = model(IDS, use_cache=False, output_hidden_states=True).hidden_states
-        assert len({float(state.sum()) for state in states}) == len(states)
+        assert len({float(state.detach().sum()) for state in states}) == len(states)
         assert "tokens_reused" not in reused.counts
 
 
@@ -508,3 +508,25 @@ def test_an_older_record_can_be_read(tmp_path):
     assert earlier.prefix is None and earlier.config.cache_prefix is False
     assert "not computed again" not in earlier.summary()
     assert issubclass(PrefixError, SteerError) and os.path.exists(tmp_path)
+
+
+def test_a_copy_that_is_made_meanwhile_is_independent():
+    model = steered(tiny_model("llama", num_hidden_layers=4))
+    with prefix_cache() as cache, reuse_prefix(model, cache):
+        plain = logits(model)
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.model.layers[0].mlp.up_proj.weight += 0.1
+        changed = logits(twin)
+        assert torch.equal(logits(model), plain) and not torch.equal(changed, plain)
+    assert torch.equal(logits(twin), changed)
+    fit(twin, tokenizer, toy, TrainConfig(max_steps=1))
+
+
+def test_random_below_in_training_mode_is_computed_as_always():
+    model = steered(tiny_model("gpt2", num_hidden_layers=4), site="mlp")
+    with prefix_cache() as cache, reuse_prefix(model, cache) as reused:
+        model.train()
+        assert not torch.equal(logits(model), logits(model)) and not reused.counts
+        model.eval()
+        assert torch.equal(logits(model), logits(model)) and reused.counts["tokens_reused"] == 12

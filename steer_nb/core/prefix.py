@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PrefixError', 'replaced_forward', 'acting_inside', 'checkpointed_modules', 'prefix_end', 'random_modules',
-           'own_tensors', 'stamps', 'prefix_digest', 'modules_below']
+           'check_reusable', 'own_tensors', 'stamps', 'prefix_digest', 'modules_below']
 
 # %% ../../nbs/core/20_prefix.ipynb #00000002
 import hashlib
@@ -12,13 +12,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 import transformers
 from torch import nn
 
-from .attach import STEERING_HOOKS, SiteAdapter, SiteAdapters
+from .attach import STEERING_HOOKS, SiteAdapter, SiteAdapters, is_compiled
 from .errors import SteerError
+from .passes import passes_of
 from .sites import blocks
 
 # %% ../../nbs/core/20_prefix.ipynb #00000007
@@ -26,12 +28,24 @@ class PrefixError(SteerError):
     "Activations below the lowest steered layer that cannot be kept and used again."
 
 
+class _Replacement:
+    "A forward in place of a module's own. A deep copy of the module has its own again."
+
+    def __init__(self, module: nn.Module, forward: Callable):
+        self.module, self.forward = module, forward
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict):
+        return MethodType(type(self.module).forward, memo.get(id(self.module), self.module))
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     "While this is open, `forward` replaces the module's own; its hooks stay."
     before = vars(module).get("forward")  # Accelerate sets one on the instance
-    forward.for_a_while = True
-    module.forward = forward
+    module.forward = _Replacement(module, forward)
     try:
         yield
     finally:
@@ -80,7 +94,7 @@ def _acting(module: nn.Module) -> tuple[str | None, str | None]:
     if _foreign(module._forward_pre_hooks):
         inside = "another program has a hook"
     replaced = vars(module).get("forward")
-    if "_hf_hook" in vars(module) or not getattr(replaced, "for_a_while", replaced is None):
+    if "_hf_hook" in vars(module) or not isinstance(replaced, (_Replacement, type(None))):
         inside = "a forward was replaced"
     if hasattr(module, "base_layer"):
         inside = "PEFT has an adapter"
@@ -135,6 +149,43 @@ def random_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if draws(module)]
 
 # %% ../../nbs/core/20_prefix.ipynb #0000000f
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings
+
+
+def check_reusable(model: nn.Module) -> None:
+    "Raise `PrefixError` if it is clear without a forward pass that activations cannot be reused."
+    stack, weights = blocks(model), list(model.parameters())
+    config, passes = model.config.get_text_config(decoder=True), passes_of(model)
+    asked = [name for name in _RECORDED if getattr(config, name, False)]
+    peft = getattr(model, "active_peft_config", None)
+    ropes = [kind for kind in _BY_LENGTH if f"'rope_type': '{kind}'" in str(config.to_dict())]
+    recomputed = [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in checkpointed_modules(model)
+    ]
+    reentrant = any(getattr(how, "keywords", {}).get("use_reentrant", True) for how in recomputed)
+    reasons = {
+        "blocks of this model share one module": len(set(stack)) < len(stack),
+        "the weights are spread over processes (FSDP)": any(
+            hasattr(weight, "full_tensor") for weight in weights
+        ),
+        "weights are offloaded": any(weight.is_meta for weight in weights),
+        "the model is compiled": is_compiled(model),
+        "gradient checkpointing is not with use_reentrant=False": reentrant,
+        "prompt tuning of PEFT puts trained tokens before each text": getattr(
+            peft, "is_prompt_learning", False
+        ),
+        f"the model's configuration has {''.join(asked[:1])}=True": bool(asked),
+        "its rotary embedding depends on the longest row of a batch": bool(ropes),
+        "`rows` is open: steerings differ by row": passes is not None
+        and passes.here("rows") is not None,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        raise PrefixError(reason)
+
+# %% ../../nbs/core/20_prefix.ipynb #00000012
 def _content(tensor: torch.Tensor) -> str:
     "The SHA-256 of the dtype, the shape and every value of a tensor, quantized or not."
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -19,15 +19,13 @@ from inspect import signature
 import torch
 from torch import nn
 
-from .attach import is_compiled
 from .errors import SteerError
 from .kept_rows import PrefixCache, RowPass, padded_rows, row_pass
 from .model_state import accepts, evaluating
-from .passes import passes_of
 from steer_nb.core.prefix import (
     PrefixError,
     acting_inside,
-    checkpointed_modules,
+    check_reusable,
     modules_below,
     own_tensors,
     prefix_digest,
@@ -42,7 +40,6 @@ from .sites import blocks
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}  # relative, of logits
 HALF_TOLERANCE = 0.03  # bfloat16 has 8 bits; a row alone is rounded otherwise than in a batch
 _PROBE = (9, 5)  # tokens of the two rows
-_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class _Memory(dict):
@@ -73,33 +70,6 @@ class ReusedPrefix:
         parts = path.split(".")
         paths = {".".join(parts[:count]) for count in range(len(parts))}
         self.callers = [module for name, module in model.named_modules() if name in paths]
-
-    def check(self, training: bool) -> None:
-        "Raise `PrefixError` if the structure alone says that nothing can be reused."
-        if not self.length:
-            raise PrefixError(f"there is no block below what acts or is trained: {self.above}")
-        if len({id(block) for block in self.stack}) < len(self.stack):
-            raise PrefixError("blocks of this model share one module")
-        weights = list(self.model.parameters())
-        if any(hasattr(weight, "full_tensor") for weight in weights):
-            raise PrefixError("the weights are spread over processes (FSDP)")
-        if any(weight.is_meta for weight in weights):
-            raise PrefixError("weights are offloaded")
-        if is_compiled(self.model):
-            raise PrefixError("the model is compiled")
-        for module in checkpointed_modules(self.model):
-            how = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(how, "keywords", {}).get("use_reentrant", True):
-                raise PrefixError("gradient checkpointing is not with use_reentrant=False")
-        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            raise PrefixError("prompt tuning of PEFT puts trained tokens before each text")
-        text_config = self.model.config.get_text_config(decoder=True)
-        asked = [name for name in _RECORDED if getattr(text_config, name, False)]
-        if asked:
-            raise PrefixError(f"the model's configuration has {asked[0]}=True")
-        passes = passes_of(self.model)
-        if passes is not None and passes.here("rows") is not None:
-            raise PrefixError("`rows` is open: steerings differ by row")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -266,6 +236,12 @@ class ReusedPrefix:
         self.before = [module for module in outside if module not in after]
         return logits
 
+    def __deepcopy__(self, memo: dict) -> "ReusedPrefix":
+        "For a copy of the model, whose passes are computed as always."
+        inert = object.__new__(type(self))
+        inert.thread, inert.store = threading.local(), None
+        return inert
+
     def __repr__(self) -> str:
         said = ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
         return f"ReusedPrefix({self.length} of {len(self.stack)} blocks, {said or 'not used yet'})"
@@ -289,8 +265,10 @@ def reuse_prefix(
     if key in _OPEN:
         yield _OPEN[key]
         return
+    check_reusable(model)
     reused = ReusedPrefix(model, layer)
-    reused.check(training)
+    if not reused.length:
+        raise PrefixError(f"there is no block below what acts or is trained: {reused.above}")
     with reused.installed():
         try:
             reused.prove(training)
