@@ -85,6 +85,8 @@ class PrefixCache:
     def write(self, key: str, rows: Mapping[str, torch.Tensor]) -> None:
         "Keep these rows, unless the limit would be exceeded or the disk is full."
         size = sum(row.numel() * row.element_size() for row in rows.values())
+        if not rows:
+            return
         if self.full or self.bytes + size > self.limit * 2**30:
             self.full = True
             return

@@ -73,7 +73,7 @@ class ReusedPrefix:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        "While open, forward passes of the model are followed, and the blocks call `_run`."
+        "While open, forward passes are followed, and blocks in the prefix call `_forward`'s."
         with ExitStack() as undo:
             for caller in self.callers:
                 see = caller.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -179,6 +179,8 @@ class ReusedPrefix:
         with evaluating(self.model):
             expected = self._followed(ids, mask)
             reason = acting_inside(self.before)
+            if any(tensor.requires_grad for tensor in own_tensors(self.callers)):
+                reason = "a parameter is trained"
             if reason is not None:
                 raise PrefixError(f"before the blocks {reason}")
             self.store = _Memory()
@@ -196,7 +198,8 @@ class ReusedPrefix:
                 f"{error:.1g} of their size): upper blocks read more than the output of the block "
                 "below, or a row depends on the padding"
             )
-        below = [*self.before, *modules_below(self.stack, self.length)]
+        holders = [caller for caller in self.callers if own_tensors([caller])]
+        below = [*holders, *self.before, *modules_below(self.stack, self.length)]
         self.random = random_modules(below)
         if training and self.random:
             raise PrefixError(
@@ -204,10 +207,8 @@ class ReusedPrefix:
                 "differ in each pass"
             )
         self.tensors = own_tensors(below)
-        self.stamps, self.identity = (
-            stamps(self.tensors),
-            prefix_digest(self.model, below, self.length),
-        )
+        self.stamps = stamps(self.tensors)
+        self.identity = prefix_digest(self.model, below, self.length)
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         "The logits of real tokens, (tokens, vocab)."
