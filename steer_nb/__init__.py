@@ -17,6 +17,7 @@ _PUBLIC = {
     "core.steering": ("Steering", "SteeringSum", "steer", "steerings"),
     "core.loading": ("load_steering",),
     "core.arithmetic": ("merge_steerings", "sum_steerings"),
+    "core.reuse": ("prefix_cache",),
     "testing.tiny_models": ("tiny_model",),
     "theory.updates": ("update_between", "update_from_lora"),
     "theory.first_order": (

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..core.model_state import context_length, evaluating
+from ..core.reuse import reuse_if_open
 from ..data.encoding import collate, encode
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (
@@ -41,7 +42,8 @@ def completion_scores(
     lengths = [len(one.input_ids) for one in encoded]
     rows = [batch_size if one_at_a_time(model) else 1] * len(encoded)
     batches = length_batches(lengths, rows, batch_size)
-    with evaluating(model), tqdm(total=len(examples), desc="texts", leave=False, delay=2) as bar:
+    bar = tqdm(total=len(examples), desc="texts", leave=False, delay=2)
+    with evaluating(model), reuse_if_open(model), bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
             inputs = collate(tokenizer, [encoded[index] for index in batch])

@@ -222,6 +222,9 @@ def evaluate(
 ) -> Result:
     """The accuracy of a model on a split of the task, with every prediction.
 
+    Inside of `prefix_cache`, layers below all steerings are computed once for each example, if it
+    is scored by perplexity or by choices of one token each.
+
     Under a launcher all processes call it: they share the examples, and each gets the whole result.
     Raises `EvaluateError` for an unknown or empty split, an example with one choice, a context too
     short for an answer, or NaN logits, and `TaskError` if an example with its choices is longer

@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'TRACKERS', 'RUN_FILE', 'STEERING_FOLDER', 'METHOD_FOLDE
 
 # %% ../../nbs/training/00_config.ipynb #36d04404
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..core.errors import SteerError, check_choice, check_number
@@ -56,6 +56,11 @@ class TrainConfig:
     end_token: bool | None = True
     precision: str = "auto"  # one of `PRECISIONS`; auto: bfloat16 where it is faster, else float32
     seed: int = 0  # of the order of examples and of dropout
+    # Compute activations below the lowest trained layer once for each text, and keep them on the
+    # disk until the training ends. "auto": where it is exact and saves time; True: or raise an
+    # error that says why not; False: never.
+    cache_prefix: bool | str = "auto"
+    cache_limit: float = 8.0  # the most GiB that are kept
     log_with: str | None = None  # one of `TRACKERS`, to which every step is sent
 
     def __post_init__(self):
@@ -84,10 +89,19 @@ class TrainConfig:
         )
         if self.end_token not in (True, False, None):
             raise TrainError(f"end_token is True, False or None, not {self.end_token!r}")
+        if self.cache_prefix != "auto" and type(self.cache_prefix) is not bool:
+            raise TrainError(f"cache_prefix is 'auto', True or False, not {self.cache_prefix!r}")
+        check_number("cache_limit", self.cache_limit, 0, above=True, error=TrainError)
         check_choice("schedule", self.schedule, SCHEDULES, TrainError)
         check_choice("precision", self.precision, PRECISIONS, TrainError)
         if self.log_with is not None:
             check_choice("tracker log_with", self.log_with, TRACKERS, TrainError)
+
+    @property
+    def identity(self) -> dict:
+        "The options on which the result depends."
+        free = ("log_with", "cache_prefix", "cache_limit")
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 # %% ../../nbs/training/00_config.ipynb #e50205df
 def learning_rates(

@@ -52,7 +52,7 @@ from steer_nb.training.config import (
 from .distributed import full_state, join_processes, wants_sharding
 from .method import Method, as_method, encode_split, trainable_parameters
 from .mode import training_mode, work_left_out
-from .plan import Plan, validation_indices
+from .plan import Plan, prefix_record, training_prefix, validation_indices
 from .retain import Retained, encode_texts
 from steer_nb.training.run import (
     Run,
@@ -84,7 +84,7 @@ def run_identity(
     sample = frozen[:: max(1, len(frozen) // 4)]
     weight = {} if retained is None else {"retain_weight": retained.weight}
     return weight | {
-        "config": {name: value for name, value in asdict(config).items() if name != "log_with"},
+        "config": config.identity,
         "model": model_name(model),
         "weights": describe_weights(model),
         "method": method.name,
@@ -105,10 +105,8 @@ def _unfinished(
     "The checkpoint to resume from; if there is none, all checkpoints in the folder are deleted."
     try:
         found = None if restart else checkpointer.find()
-    except OutputError:
-        raise
-    except TrainError:
-        if not overwrite:
+    except TrainError as error:
+        if isinstance(error, OutputError) or not overwrite:
             raise
         found = None
     numbers = gather_object([found and found.number])  # all have read before one of them deletes
@@ -158,9 +156,8 @@ def fit(
     the record has the signal's name, and the folder has a checkpoint but no results. A signal in
     the last step acts when the results are written.
 
-    A method with several stages makes all steps in each: the curve in the record is that of the
-    last stage, the seconds are those of all. Under a launcher all processes call this, with a
-    folder that all of them see.
+    A method with several stages makes all steps in each: the record has the curve of the last and
+    the seconds of all. Under a launcher all processes call this, with a folder that all see.
 
     With `retain`, a step takes as many of these texts as examples, and adds `retain_weight` times
     the mean KL(p ‖ q) per token to the loss. q are the model's predictions; p those without
@@ -207,9 +204,8 @@ def fit(
         checkpointer, found = None, None
         if folder is not None:
             identity = run_identity(method, task, splits, config, retained)
-            writes = accelerator.is_main_process
-            checkpoints = folder / CHECKPOINT_FOLDER
-            checkpointer = Checkpointer(checkpoints, checkpoint_every, identity, writes)
+            own = folder / CHECKPOINT_FOLDER, checkpoint_every, identity
+            checkpointer = Checkpointer(*own, writes=accelerator.is_main_process)
             found = _unfinished(checkpointer, accelerator, overwrite, restart)
 
         earlier = found.record if found else {"stage": 0, "seconds": {}, "resumed": []}
@@ -238,7 +234,9 @@ def fit(
                                 "processes": accelerator.num_processes,
                             }
                             checkpointer.begin_stage(stage * len(plan), finished, record)
-                        with work_left_out(method.model, trainer.precision):
+                        reuse = training_prefix(method.model, plan, splits, retained, folder)
+                        left_out = work_left_out(method.model, trainer.precision)
+                        with reuse as trainer.prefix, left_out:
                             stopped = trainer.run(stop, checkpointer)
                         seconds.update(trainer.progress.seconds)
                     trained = full_state(method.model, trainer.parameters)
@@ -288,6 +286,7 @@ def _record(
         skipped=progress.skipped,
         revision=getattr(model.config, "_commit_hash", None),
         retain_weight=trainer.retained and trainer.retained.weight,
+        prefix=prefix_record(trainer.prefix),
     )
 
 

@@ -94,7 +94,7 @@ class Trainer:
             accelerator.device.type, enabled=self.precision == "float16"
         )
         self.best = BestParameters(self.parameters.values())
-        self.progress = Progress()
+        self.progress, self.prefix = Progress(), None  # the second is set by `fit`
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict]:
         "The state that the next step depends on: tensors and a record. All processes call this."
