@@ -81,8 +81,9 @@ def options(
     ] = False,
 ):
     "Options of all commands."
-    if not os.isatty(2):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log file
+    if not os.isatty(2):  # a log file: bars of other libraries from ten seconds on, and rarely
+        os.environ.setdefault("TQDM_DELAY", "10")
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):

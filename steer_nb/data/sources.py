@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 
+from ..core.progress import writes_lines
 from .examples import TaskError
 
 # %% ../../nbs/data/10_sources.ipynb #00000006
@@ -57,6 +58,18 @@ class JsonLines(Sequence):
         return row
 
 
+def _load_dataset(*names: str, **options):
+    "As `datasets.load_dataset`; its bars, which fill a log file, are shown elsewhere only."
+    hide = writes_lines() and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*names, **options)
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
 def _read_file(path: Path) -> Sequence[Mapping]:
     "The rows of a file."
     ends = [ending.lower() for ending in path.suffixes[-2:]]
@@ -88,7 +101,7 @@ def _read_file(path: Path) -> Sequence[Mapping]:
         options |= {"features": datasets.Features(names), "keep_default_na": False}
         options["na_values"] = [""]  # and not NA, None or null, which can be answers
     kind = READERS.get(suffix, "json")
-    return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    return _load_dataset(kind, data_files=str(path), split="train", **options)
 
 
 def read_source(source: object) -> dict[str, Sequence[Mapping]]:
@@ -115,7 +128,7 @@ def read_source(source: object) -> dict[str, Sequence[Mapping]]:
                 return {"train": _read_file(path)}
             if path.suffix.lower() in (*READERS, ".json", ".jsonl", ".ndjson", ".gz"):
                 raise TaskError(f"there is no file {str(source)!r}")
-            found = datasets.load_dataset(str(path) if path.is_dir() else str(source))
+            found = _load_dataset(str(path) if path.is_dir() else str(source))
             return read_source(found)
         except TaskError:
             raise

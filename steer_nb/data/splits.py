@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
+from ..core.progress import progress_bar
 
 from .encoding import encode
 from .examples import Example, TaskError, content_digest, split_of
@@ -165,7 +165,7 @@ class RecordReader:
     ) -> Iterator[tuple]:
         "The `FACTS` of every example."
         names = list(SHARES)
-        for number, row in enumerate(tqdm(rows, desc="rows", leave=False, delay=2)):
+        for number, row in enumerate(progress_bar("rows", rows)):
             try:
                 if not isinstance(row, Mapping):
                     raise BadRow(f"{type(row).__name__}, not an object with columns")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from accelerate.utils import gather_object
+from ..core.progress import progress_bar
 from torch import distributed, nn
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -213,7 +213,7 @@ def choice_scores(
         lengths = [max(len(one.input_ids) for one in choices) for choices in encoded]
         keys = None
     batches = length_batches(lengths, rows, batch_size, keys)
-    with evaluating(model), tqdm(total=len(examples), desc="choices", leave=False, delay=2) as bar:
+    with evaluating(model), progress_bar("choices", total=len(examples)) as bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, list[float]]]:
             found = score(model, tokenizer, [encoded[index] for index in batch])

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from ..core.progress import progress_bar
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..core.model_state import accepts, context_length, evaluating
@@ -110,7 +110,7 @@ def greedy_tokens(
     with (
         evaluating(model),
         _greedy(model, tokenizer, max_new_tokens) as greedy,
-        tqdm(total=len(prompts), desc="answers", leave=False, delay=2) as bar,
+        progress_bar("answers", total=len(prompts)) as bar,
     ):
 
         def work(batch: list[int]) -> Iterator[tuple[int, list[int]]]:

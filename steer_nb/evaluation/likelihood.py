@@ -9,9 +9,9 @@ __all__ = ['completion_scores']
 from collections.abc import Iterator, Sequence
 
 import torch
+from ..core.progress import progress_bar
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..core.model_state import context_length, evaluating
 from ..data.encoding import collate, encode
@@ -41,7 +41,7 @@ def completion_scores(
     lengths = [len(one.input_ids) for one in encoded]
     rows = [batch_size if one_at_a_time(model) else 1] * len(encoded)
     batches = length_batches(lengths, rows, batch_size)
-    with evaluating(model), tqdm(total=len(examples), desc="texts", leave=False, delay=2) as bar:
+    with evaluating(model), progress_bar("texts", total=len(examples)) as bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
             inputs = collate(tokenizer, [encoded[index] for index in batch])
