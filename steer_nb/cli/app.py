@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from ..core.imports import uncollected
 from typer.core import TyperGroup
 
 from .. import __version__
@@ -283,12 +284,12 @@ def load_steered(
     """A model and its tokenizer; with a saved steering or method applied, if there is one.
 
     Raises `SteeringError` for a strength without a steering that it could scale."""
-    from steer_nb.core.errors import SteeringError
-    from steer_nb.core.loading import load_steering
-    from steer_nb.core.steering import steerings
-    from steer_nb.data.models import load_model
-    from steer_nb.methods.registry import load_method
-    from steer_nb.training.saving import METHOD_FILE
+    with uncollected():
+        from steer_nb.core.errors import SteeringError
+        from steer_nb.core.loading import load_steering
+        from steer_nb.core.steering import steerings
+        from steer_nb.data.models import load_model
+        from steer_nb.training.saving import METHOD_FILE
 
     if strength is not None and steering is None:
         raise SteeringError("--strength needs --steering")
@@ -298,6 +299,8 @@ def load_steered(
         return loaded, tokenizer
     steering = find_steering(Path(steering))
     if (steering / METHOD_FILE).exists():
+        from steer_nb.methods.registry import load_method
+
         method = load_method(loaded, steering)
         say(f"{method.name}, {method.num_parameters:,} parameters")
         loaded = method.model

@@ -23,9 +23,13 @@ _LINE = (
 class _Lines:
     "A file for tqdm that writes each state of a bar as a line to stderr."
 
+    done = ""  # what the last line said to be done
+
     def write(self, text: str) -> None:
-        "Write the text, if there is any but white space."
-        if text.strip():
+        "Write the text, if there is any but white space, and if more is done than before."
+        done = text.strip().partition(",")[0]
+        if done not in ("", self.done):
+            self.done = done
             print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from ..core.imports import uncollected
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -231,7 +232,7 @@ def load_model(
         options["quantization_config"] = quantization_config(quantization, options["dtype"], device)
         options["device_map"] = {"": device}  # weights are quantized where they will be used
     source, commit = _source(name, revision)
-    with no_progress_bars():
+    with no_progress_bars(), uncollected():  # a model's code is imported when it is loaded
         tokenizer = _load_tokenizer(source, commit)
         model = _load_weights(source, options, commit)
     model.config._commit_hash = commit
