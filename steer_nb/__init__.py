@@ -82,9 +82,12 @@ __all__ = ["__version__", *_MODULE_OF]
 def __getattr__(name):
     from importlib import import_module
 
+    from .core.imports import uncollected
+
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'steer_nb' has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    with uncollected():
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value  # the next use does not pass here
     return value
 

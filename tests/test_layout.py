@@ -144,11 +144,13 @@ def in_new_interpreter(code: str, **environment: str) -> None:
     "module, forbidden",
     [
         ("steer_nb", {"torch", "transformers", "numpy"}),
-        ("steer_nb.cli.cli", {"torch", "transformers"}),
+        ("steer_nb.cli.cli", {"torch", "transformers", "numpy", "pandas", "scipy", "peft"}),
         ("steer_nb.core.sites", {"accelerate", "datasets", "peft", "matplotlib", "pandas"}),
         ("steer_nb.core.loading", {"accelerate", "datasets", "peft", "matplotlib", "pandas"}),
         ("steer_nb.explore.plots", {"torch", "transformers", "accelerate", "datasets", "peft"}),
-        ("steer_nb.training.fit", {"peft", "matplotlib"}),
+        ("steer_nb.training.config", {"transformers", "accelerate", "datasets"}),
+        ("steer_nb.training.fit", {"peft", "matplotlib", "datasets", "pandas"}),
+        ("steer_nb.data.tasks", {"datasets", "pandas"}),
         ("steer_nb.experiments.grid", {"ray"}),
         ("steer_nb.integrations.lm_eval_tasks", {"lm_eval"}),
     ],
@@ -156,6 +158,16 @@ def in_new_interpreter(code: str, **environment: str) -> None:
 def test_an_import_loads_only_what_it_needs(module, forbidden):
     in_new_interpreter(
         f"import {module}\nloaded = {forbidden} & set(sys.modules)\nassert not loaded, loaded"
+    )
+
+
+def test_the_help_loads_neither_torch_nor_tables():
+    in_new_interpreter(
+        "from steer_nb.cli.cli import main\n"
+        "sys.argv = ['steer_nb', 'train', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "loaded = {'torch', 'transformers', 'numpy', 'pandas', 'peft'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
     )
 
 

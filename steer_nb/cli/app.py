@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..core.imports import uncollected
 
 # %% ../../nbs/cli/00_app.ipynb #00000005
 ORDER = ("demo", "models", "tasks", "train", "evaluate", "lm-eval")  # in the help
@@ -81,8 +82,9 @@ def options(
     ] = False,
 ):
     "Options of all commands."
-    if not os.isatty(2):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log file
+    if not os.isatty(2):  # a log file: bars of other libraries from ten seconds on, and rarely
+        os.environ.setdefault("TQDM_DELAY", "10")
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
@@ -289,12 +291,12 @@ def load_steered(
     """A model and its tokenizer; with a saved steering or method applied, if there is one.
 
     Raises `SteeringError` for a strength without a steering that it could scale."""
-    from steer_nb.core.errors import SteeringError
-    from steer_nb.core.loading import load_steering
-    from steer_nb.core.steering import steerings
-    from steer_nb.data.models import load_model
-    from steer_nb.methods.registry import load_method
-    from steer_nb.training.saving import METHOD_FILE
+    with uncollected():
+        from steer_nb.core.errors import SteeringError
+        from steer_nb.core.loading import load_steering
+        from steer_nb.core.steering import steerings
+        from steer_nb.data.models import load_model
+        from steer_nb.training.saving import METHOD_FILE
 
     if strength is not None and steering is None:
         raise SteeringError("--strength needs --steering")
@@ -304,6 +306,8 @@ def load_steered(
         return loaded, tokenizer
     steering = find_steering(Path(steering))
     if (steering / METHOD_FILE).exists():
+        from steer_nb.methods.registry import load_method
+
         method = load_method(loaded, steering)
         say(f"{method.name}, {method.num_parameters:,} parameters")
         loaded = method.model

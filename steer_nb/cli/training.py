@@ -42,6 +42,7 @@ from steer_nb.cli.app import (
     say,
     write_answer,
 )
+from ..core.imports import uncollected
 
 # %% ../../nbs/cli/01_training.ipynb #00000005
 @app.command(epilog="Example: steer_nb models")
@@ -150,11 +151,11 @@ def train(
     """Train a steering or another method on a task or on your own data, and save it with a record.
 
     Rerun the same command to resume a training that was interrupted."""
-    from steer_nb.core.config import SteeringConfig
-    from steer_nb.core.steering import steer
-    from steer_nb.methods.registry import apply_method
-    from steer_nb.training.config import TrainConfig, TrainError, check_output
-    from steer_nb.training.fit import fit
+    with uncollected():
+        from steer_nb.core.config import SteeringConfig
+        from steer_nb.core.steering import steer
+        from steer_nb.training.config import TrainConfig, TrainError, check_output
+        from steer_nb.training.fit import fit
 
     config = SteeringConfig(kind=kind, site=site, rank=rank, positions=positions, seed=seed)
     if method is not None and (kind, site, positions) != ("linear", "block", "all"):
@@ -175,6 +176,8 @@ def train(
         trained = loaded
         say(steer(loaded, config))
     else:
+        from steer_nb.methods.registry import apply_method
+
         trained = apply_method(loaded, method, **given)
     run = fit(
         trained,
@@ -218,8 +221,9 @@ def evaluate(
     ] = None,
 ):
     "Measure how well a model does on a task or on your own data, with or without a steering."
-    from steer_nb.evaluation.choices import EvaluateError
-    from steer_nb.evaluation.result import evaluate as score
+    with uncollected():
+        from steer_nb.evaluation.choices import EvaluateError
+        from steer_nb.evaluation.result import evaluate as score
 
     if output is not None and is_first_process():
         if output.exists():

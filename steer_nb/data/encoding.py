@@ -15,9 +15,9 @@ from hashlib import sha256
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..core.errors import check_number
+from ..core.progress import progress_bar
 from .chat import apply_template, encode_conversation
 from .examples import Example, TaskError, content_digest
 
@@ -209,7 +209,7 @@ def encode_examples(
 ) -> EncodedSplit:
     "The examples as tokens. Each is encoded once now, for its length. Raises what `encode` raises."
     lengths, counts, kept, digest, tokens = array("q"), array("q"), [], sha256(), 0
-    for encoded in map(encode, tqdm(examples, desc="tokens", leave=False, delay=2)):
+    for encoded in map(encode, progress_bar("tokens", examples)):
         lengths.append(len(encoded.input_ids))
         counts.append(encoded.count)
         digest.update(content_digest([encoded.input_ids, encoded.labels]).encode())

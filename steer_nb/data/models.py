@@ -25,6 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 from ..core.errors import check_choice, nearest
 from ..core.files import read_json
 from ..core.hub import HUB_ID
+from ..core.imports import uncollected
 from ..core.quantized import make_differentiable, quantization_config, quantized_layers
 from .gguf_models import converted_folder, no_progress_bars
 from .wheels import MODELS, AssetError
@@ -231,7 +232,7 @@ def load_model(
         options["quantization_config"] = quantization_config(quantization, options["dtype"], device)
         options["device_map"] = {"": device}  # weights are quantized where they will be used
     source, commit = _source(name, revision)
-    with no_progress_bars():
+    with no_progress_bars(), uncollected():  # a model's code is imported when it is loaded
         tokenizer = _load_tokenizer(source, commit)
         model = _load_weights(source, options, commit)
     model.config._commit_hash = commit

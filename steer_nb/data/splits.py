@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import datasets
 import numpy as np
-from tqdm.auto import tqdm
 
+from ..core.progress import progress_bar
 from .encoding import encode
 from .examples import Example, TaskError, content_digest, split_of
 from .forms import BadRow, Form, find_form
@@ -124,7 +123,7 @@ class RecordReader:
                 dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
             )
         for name, kind in (getattr(rows, "features", None) or {}).items():
-            if choices is None and isinstance(kind, datasets.ClassLabel):
+            if choices is None and type(kind).__name__ == "ClassLabel":
                 wanted = (self.columns or {}).get("label", "label")
                 choices = kind.names if name == wanted and "choices" not in names else None
         return find_form(names, self.columns, choices)
@@ -165,7 +164,7 @@ class RecordReader:
     ) -> Iterator[tuple]:
         "The `FACTS` of every example."
         names = list(SHARES)
-        for number, row in enumerate(tqdm(rows, desc="rows", leave=False, delay=2)):
+        for number, row in enumerate(progress_bar("rows", rows)):
             try:
                 if not isinstance(row, Mapping):
                     raise BadRow(f"{type(row).__name__}, not an object with columns")

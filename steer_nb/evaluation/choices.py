@@ -14,13 +14,13 @@ from contextlib import nullcontext
 import torch
 from accelerate.utils import gather_object
 from torch import distributed, nn
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.errors import SteerError, check_number
 from ..core.model_state import accepts, context_length, evaluating
 from ..core.passes import prompt_ends
+from ..core.progress import progress_bar
 from ..core.reuse import reuse_if_open
 from ..data.encoding import Encoded, encode_choices, pad_batch
 from ..data.examples import Example
@@ -216,7 +216,7 @@ def choice_scores(
         keys = None
     batches = length_batches(lengths, rows, batch_size, keys)
     reuse = nullcontext() if score is _score_with_cache else reuse_if_open(model)
-    bar = tqdm(total=len(examples), desc="choices", leave=False, delay=2)
+    bar = progress_bar("choices", total=len(examples))
     with evaluating(model), reuse, bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, list[float]]]:

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..core.model_state import accepts, context_length, evaluating
+from ..core.progress import progress_bar
 from ..data.encoding import encode, encode_prompt, pad_batch
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (
@@ -110,7 +110,7 @@ def greedy_tokens(
     with (
         evaluating(model),
         _greedy(model, tokenizer, max_new_tokens) as greedy,
-        tqdm(total=len(prompts), desc="answers", leave=False, delay=2) as bar,
+        progress_bar("answers", total=len(prompts)) as bar,
     ):
 
         def work(batch: list[int]) -> Iterator[tuple[int, list[int]]]:

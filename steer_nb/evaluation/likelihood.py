@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..core.model_state import context_length, evaluating
+from ..core.progress import progress_bar
 from ..core.reuse import reuse_if_open
 from ..data.encoding import collate, encode
 from ..data.examples import Example
@@ -42,7 +42,7 @@ def completion_scores(
     lengths = [len(one.input_ids) for one in encoded]
     rows = [batch_size if one_at_a_time(model) else 1] * len(encoded)
     batches = length_batches(lengths, rows, batch_size)
-    bar = tqdm(total=len(examples), desc="texts", leave=False, delay=2)
+    bar = progress_bar("texts", total=len(examples))
     with evaluating(model), reuse_if_open(model), bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:

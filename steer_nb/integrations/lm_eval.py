@@ -12,12 +12,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..core.errors import SteeringError, nearest
 from ..core.loading import load_steering
 from ..core.passes import prompt_ends
+from ..core.progress import progress_bar
 from ..core.steering import steerings
 from ..data.models import load_model
 from ..evaluation.choices import EvaluateError
@@ -138,8 +138,7 @@ class SteeredHFLM(HFLM):
             longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
             options["override_bs"] = self._detect_batch_size([longest])
         found = [None] * len(requests)
-        hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), desc="loglikelihood requests", disable=hidden) as bar:
+        with progress_bar("requests", total=len(requests), hidden=disable_tqdm) as bar:
             for end, numbers in groups.items():
                 group = [requests[number] for number in numbers]
                 with prompt_ends(self.model, end):

@@ -7,6 +7,7 @@ __all__ = ['SCHEDULES', 'TRACKERS', 'RUN_FILE', 'STEERING_FOLDER', 'METHOD_FOLDE
            'TrainError', 'OutputError', 'TrainConfig', 'learning_rates', 'check_output']
 
 # %% ../../nbs/training/00_config.ipynb #36d04404
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,11 +25,7 @@ class OutputError(TrainError):
     "A checkpoint or the results cannot be written or read. The training itself is not at fault."
 
 
-SCHEDULES = {  # our names -> transformers' names
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant_with_warmup",
-}
+SCHEDULES = ("linear", "cosine", "constant")  # of the decay after the warm-up
 # Accelerate's names.
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive")
 
@@ -109,14 +106,19 @@ def learning_rates(
     steps: int,  # in the whole training
 ) -> list[float]:
     "The learning rate of each step. None of them is zero."
-    import torch
-    from transformers import get_scheduler
-
     warmup = round(config.warmup_ratio * steps)
     skipped = 1 if warmup else 0
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
-    schedule = get_scheduler(SCHEDULES[config.schedule], optimizer, warmup, steps + skipped)
-    return [config.lr * schedule.lr_lambdas[0](step + skipped) for step in range(steps)]
+    decay = max(1, steps + skipped - warmup)  # after so many steps the rate would be zero
+
+    def share(step: int) -> float:
+        "Of the highest learning rate."
+        if step < warmup:
+            return step / warmup
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / decay)))
+        return 1.0 if config.schedule == "constant" else (steps + skipped - step) / decay
+
+    return [config.lr * share(step + skipped) for step in range(steps)]
 
 # %% ../../nbs/training/00_config.ipynb #b8c8994c
 RUN_FILE = "run.json"

@@ -22,8 +22,9 @@ from ..core.files import free_folder
 from ..core.model_state import context_length
 from ..core.quantized import count_parameters
 from ..core.tables import markdown_table
-from ..data.encoding import EncodedSplit, encode, encode_examples
+from ..data.encoding import EncodedSplit, encode
 from ..data.records import Task
+from ..data.tokens import cached_examples
 from .config import TrainConfig, TrainError, learning_rates
 from .saving import restore_trained, save_trained
 
@@ -180,11 +181,12 @@ def encode_split(
     known, length = ENCODED.setdefault(tokenizer, {}), context_length(model)
     examples = getattr(task, split)
     one = partial(encode, tokenizer, chat=task.chat, max_length=length, end_token=end_token)
-    settings = (tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
-    key = (task.fingerprint, split, task.chat, length, end_token, *settings)
+    described = (task.fingerprint, split, task.chat, length, end_token)
+    key = (*described, tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
     if key not in known:
         if len(known) > 8:
             known.clear()
         # Neither the tokenizer, which could never be deleted, nor the source of the examples.
-        known[key] = replace(encode_examples(one, examples), encode=None, examples=())
+        found = cached_examples(one, examples, tokenizer, described)
+        known[key] = replace(found, encode=None, examples=())
     return replace(known[key], encode=one, examples=examples)

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 
+from ..core.progress import progress_bar
 from ..data.encoding import EncodedSplit, collate, length_grouped_batches
 from .checkpoints import Checkpointer, Stop
 from .config import TrainConfig, TrainError
@@ -134,10 +134,8 @@ class Trainer:
         """Make the remaining steps, or those until a signal arrives; returns its name or None.
 
         Afterwards, even after an error, the model has the best parameters."""
-        progress, main = self.progress, self.accelerator.is_main_process
-        bar = tqdm(
-            total=len(self.plan), initial=progress.step, leave=False, delay=2, disable=not main
-        )
+        progress = self.progress
+        bar = progress_bar("steps", total=len(self.plan), initial=progress.step)
         signals = []
         try:
             if progress.step == 0:
@@ -151,6 +149,8 @@ class Trainer:
                     self.validate(step.number)
                 self.report_step(step)
                 progress.step = step.number
+                if progress.curve:
+                    bar.set_postfix(loss=progress.curve[-1]["loss"], refresh=False)
                 bar.update()
                 # A signal to one process stops all; the first decides if a checkpoint is due.
                 due = checkpointer is not None and (
