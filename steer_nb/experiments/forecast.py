@@ -227,7 +227,7 @@ def plan_training(
     method = as_method(model)
     config = TrainConfig() if config is None else config
     passes = training_passes(method, tokenizer, task, config)
-    precision = mixed_precision(config, Accelerator())
+    precision = mixed_precision(method.model, config, Accelerator())
     measured = measure_training(method, passes.typical(), precision, seconds)
     memory = training_memory(measured, passes)
     return Forecast(

@@ -26,8 +26,8 @@ from .part_costs import TERMS, Meter, PartCost, PassShape
 from ..training.config import TrainConfig, learning_rates
 from ..training.loss import completion_loss
 from ..training.method import Method, trainable_parameters
+from ..training.mode import training_mode, work_left_out
 from ..training.run import resident_memory
-from ..training.trainer import training_mode
 
 # %% ../../nbs/experiments/04_machine.ipynb #00000005
 class _Enough(Exception):
@@ -213,7 +213,7 @@ def measure_training(
 
     half = precision != "float32"
     gc.collect()
-    with training_mode(model, 0, device):
+    with training_mode(model, 0, device), work_left_out(model, precision):
         model.train()
         levels = [loaded()]
         learning_rates(TrainConfig(), 1)  # imports what a training imports
