@@ -158,7 +158,7 @@ CONTESTANTS: dict[str, Contestant] = {
         "decode",
         lambda workload, name: DecodeTurn(workload, name, steered),
     ),
-    "decode_half": Contestant(
+    "decode_half_steered": Contestant(
         "decode step in bfloat16, steered",
         "decode",
         lambda workload, name: HalfDecodeTurn(workload, name, steered),

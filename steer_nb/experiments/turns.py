@@ -45,7 +45,8 @@ class FitTurn:
         self, workload: Workload, name: str, layers: str | list[int] = "all", **changes: object
     ):
         self.workload, self.config = workload, replace(workload.config, **changes)
-        model = workload.fresh_model(name)
+        # hooks on the model would be a reason not to reuse its prefix
+        model = workload.fresh_model(name, counted=not self.config.cache_prefix)
         self.method = apply_method(model, "post_block", rank=workload.rank, layers=layers)
 
     def __call__(self) -> None:
@@ -60,7 +61,12 @@ def train_once(workload: Workload) -> None:
     rows, turn = [], FitTurn(workload, "trained")
     model = turn.method.model
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding.register_forward_pre_hook(lambda module, args: rows.append(args[0].tolist()))
+
+    def record(module, args):
+        if module.training:
+            rows.append(args[0].tolist())
+
+    embedding.register_forward_pre_hook(record)
     turn()
     embedding._forward_pre_hooks.clear()  # inference is not counted
     output._forward_hooks.clear()
@@ -89,6 +95,7 @@ class TrainerTurn:
                 learning_rate=work.config.lr,
                 seed=work.config.seed,
                 bf16=self.half,
+                use_cpu=work.device.type == "cpu",
                 report_to="none",
                 save_strategy="no",
                 logging_strategy="no",

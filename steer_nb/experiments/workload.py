@@ -24,14 +24,14 @@ from ..training.config import TrainConfig
 
 # %% ../../nbs/experiments/21_workload.ipynb #00000004
 def count_passes(model: nn.Module, counts: dict[str, int]) -> nn.Module:
-    "Add to `counts` the token slots that the model reads and the rows of logits it computes."
+    "Add to `counts` the token slots that the model reads in training, and its rows of logits."
     counts |= {"tokens": 0, "logits": 0}
 
     def slots(module, args):
-        counts["tokens"] += args[0].numel()
+        counts["tokens"] += args[0].numel() * module.training
 
     def rows(module, args, output):
-        counts["logits"] += output.shape[:-1].numel()
+        counts["logits"] += output.shape[:-1].numel() * module.training
 
     model.get_input_embeddings().register_forward_pre_hook(slots)
     model.get_output_embeddings().register_forward_hook(rows)
@@ -104,11 +104,11 @@ class Workload:
             steering.remove()
         return self.model.eval().requires_grad_(False)
 
-    def fresh_model(self, name: str) -> nn.Module:
-        "A frozen copy of the model that counts for this contestant."
+    def fresh_model(self, name: str, counted: bool = True) -> nn.Module:
+        "A frozen copy of the model, which counts for this contestant."
         self.counts[name] = {}
         model = copy.deepcopy(self.bare_model()).requires_grad_(False)
-        return count_passes(model, self.counts[name])
+        return count_passes(model, self.counts[name]) if counted else model
 
     def arrival_batches(self) -> list[dict[str, torch.Tensor]]:
         "Batches of equal size in the order of the examples, each padded to its longest."
