@@ -12,10 +12,12 @@ _PUBLIC = {
     "core.hooks": ("capture", "edit"),
     "core.adapters": ("Adapter", "make_adapter", "adapter_size"),
     "core.passes": ("prompt_ends",),
+    "core.precision": ("half_precision",),
     "core.config": ("SteeringConfig",),
     "core.steering": ("Steering", "SteeringSum", "steer", "steerings"),
     "core.loading": ("load_steering",),
     "core.arithmetic": ("merge_steerings", "sum_steerings"),
+    "core.reuse": ("prefix_cache",),
     "testing.tiny_models": ("tiny_model",),
     "theory.updates": ("update_between", "update_from_lora"),
     "theory.first_order": (

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'app', 'ModelName', 'TaskName', 'DataSource', 'Columns', 'Choices', 'Metric', 'SteeringFolder', 'Strength',
-           'Dtype', 'Quantization', 'Size', 'Seed', 'BatchSize', 'ShiftSite', 'LearningRate', 'Epochs', 'Overwrite',
-           'Program', 'options', 'one_line_warnings', 'is_first_process', 'say', 'chosen', 'print_table',
+           'Dtype', 'Precision', 'Quantization', 'Size', 'Seed', 'BatchSize', 'ShiftSite', 'LearningRate', 'Epochs',
+           'Overwrite', 'Program', 'options', 'one_line_warnings', 'is_first_process', 'say', 'chosen', 'print_table',
            'find_steering', 'load_examples', 'read_whole', 'load_steered', 'write_answer']
 
 # %% ../../nbs/cli/00_app.ipynb #00000002
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from ..core.imports import uncollected
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..core.imports import uncollected
 
 # %% ../../nbs/cli/00_app.ipynb #00000005
 ORDER = ("demo", "models", "tasks", "train", "evaluate", "lm-eval")  # in the help
@@ -145,6 +145,13 @@ Dtype = Annotated[
     typer.Option(
         help="Precision of the frozen weights: float32, bfloat16 for half the size, or auto: as "
         "stored.  [default: float32; with --quantization bfloat16]"
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Precision to compute in: float32, bfloat16, float16, or auto: bfloat16 where it is "
+        "faster."
     ),
 ]
 Quantization = Annotated[

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from ..core.imports import uncollected
 
 from steer_nb.cli.app import (
     BatchSize,
@@ -27,6 +26,7 @@ from steer_nb.cli.app import (
     Metric,
     ModelName,
     Overwrite,
+    Precision,
     Quantization,
     Seed,
     ShiftSite,
@@ -42,6 +42,7 @@ from steer_nb.cli.app import (
     say,
     write_answer,
 )
+from ..core.imports import uncollected
 
 # %% ../../nbs/cli/01_training.ipynb #00000005
 @app.command(epilog="Example: steer_nb models")
@@ -137,6 +138,7 @@ def train(
     ] = 1.0,
     dtype: Dtype = None,
     quantization: Quantization = None,
+    precision: Precision = "auto",
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; 0: after each step.")
     ] = 60.0,
@@ -159,9 +161,8 @@ def train(
     if method is not None and (kind, site, positions) != ("linear", "block", "all"):
         raise TrainError("--kind, --site and --positions describe a shift: not with --method")
     given = {} if method is None else _method_options(method, rank, seed)
-    training = TrainConfig(
-        lr=lr, epochs=epochs, batch_size=batch_size, batch_tokens=batch_tokens, seed=seed
-    )
+    sizes = {"epochs": epochs, "batch_size": batch_size, "batch_tokens": batch_tokens}
+    training = TrainConfig(lr=lr, **sizes, seed=seed, precision=precision)
     check_output(output, overwrite)
     loaded, tokenizer = load_steered(model, None, dtype, quantization)
     own = (task, data, columns, choices, metric, seed)
@@ -214,6 +215,7 @@ def evaluate(
     seed: Seed = 0,
     dtype: Dtype = None,
     quantization: Quantization = None,
+    precision: Precision = "auto",
     output: Annotated[
         Path | None, typer.Option(help="JSON file for the result and all predictions.")
     ] = None,
@@ -238,7 +240,8 @@ def evaluate(
     loaded, tokenizer = load_steered(model, steering, dtype, quantization)
     own = (task, data, columns, choices, metric, seed, whole)
     examples = load_examples(*own, model=loaded, tokenizer=tokenizer, **sizes)
-    result = score(loaded, tokenizer, examples, split=split, batch_size=batch_size)
+    options = {"split": split, "batch_size": batch_size, "precision": precision}
+    result = score(loaded, tokenizer, examples, **options)
     result = replace(result, split="all") if whole else result
     say(result)
     if output is not None and is_first_process():

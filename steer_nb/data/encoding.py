@@ -15,9 +15,9 @@ from hashlib import sha256
 
 import numpy as np
 import torch
-from ..core.progress import progress_bar
 
 from ..core.errors import check_number
+from ..core.progress import progress_bar
 from .chat import apply_template, encode_conversation
 from .examples import Example, TaskError, content_digest
 

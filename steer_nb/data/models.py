@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from ..core.imports import uncollected
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 from ..core.errors import check_choice, nearest
 from ..core.files import read_json
 from ..core.hub import HUB_ID
+from ..core.imports import uncollected
 from ..core.quantized import make_differentiable, quantization_config, quantized_layers
 from .gguf_models import converted_folder, no_progress_bars
 from .wheels import MODELS, AssetError

@@ -9,10 +9,10 @@ __all__ = ['ONE_AT_A_TIME', 'EvaluateError', 'nan_error', 'length_batches', 'one
 # %% ../../nbs/evaluation/00_choices.ipynb #00000002
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate.utils import gather_object
-from ..core.progress import progress_bar
 from torch import distributed, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..core.errors import SteerError, check_number
 from ..core.model_state import accepts, context_length, evaluating
 from ..core.passes import prompt_ends
+from ..core.progress import progress_bar
+from ..core.reuse import reuse_if_open
 from ..data.encoding import Encoded, encode_choices, pad_batch
 from ..data.examples import Example
 from ..training.loss import logits_at
@@ -213,7 +215,9 @@ def choice_scores(
         lengths = [max(len(one.input_ids) for one in choices) for choices in encoded]
         keys = None
     batches = length_batches(lengths, rows, batch_size, keys)
-    with evaluating(model), progress_bar("choices", total=len(examples)) as bar:
+    reuse = nullcontext() if score is _score_with_cache else reuse_if_open(model)
+    bar = progress_bar("choices", total=len(examples))
+    with evaluating(model), reuse, bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, list[float]]]:
             found = score(model, tokenizer, [encoded[index] for index in batch])

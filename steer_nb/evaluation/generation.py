@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from ..core.progress import progress_bar
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..core.model_state import accepts, context_length, evaluating
+from ..core.progress import progress_bar
 from ..data.encoding import encode, encode_prompt, pad_batch
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (

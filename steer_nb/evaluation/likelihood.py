@@ -9,11 +9,12 @@ __all__ = ['completion_scores']
 from collections.abc import Iterator, Sequence
 
 import torch
-from ..core.progress import progress_bar
 from torch import nn
 from torch.nn import functional as F
 
 from ..core.model_state import context_length, evaluating
+from ..core.progress import progress_bar
+from ..core.reuse import reuse_if_open
 from ..data.encoding import collate, encode
 from ..data.examples import Example
 from steer_nb.evaluation.choices import (
@@ -41,7 +42,8 @@ def completion_scores(
     lengths = [len(one.input_ids) for one in encoded]
     rows = [batch_size if one_at_a_time(model) else 1] * len(encoded)
     batches = length_batches(lengths, rows, batch_size)
-    with evaluating(model), progress_bar("texts", total=len(examples)) as bar:
+    bar = progress_bar("texts", total=len(examples))
+    with evaluating(model), reuse_if_open(model), bar:
 
         def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
             inputs = collate(tokenizer, [encoded[index] for index in batch])

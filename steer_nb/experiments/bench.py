@@ -89,7 +89,8 @@ def _units(workload: Workload, names: list[str]) -> dict[str, int]:
         "rows": STEPS * ROWS,
         "evaluation": len(workload.task.test),
     }
-    return {name: size[CONTESTANTS[name].kind] for name in names}
+    chosen = {name: CONTESTANTS[name] for name in names}
+    return {name: size[one.kind] * one.epochs for name, one in chosen.items()}
 
 
 def bench(

@@ -22,7 +22,7 @@ import transformers
 from .. import __version__
 from ..core.files import read_json, write_json
 from ..core.tables import markdown_table
-from .contestants import CONTESTANTS, KINDS
+from .contestants import CONTESTANTS, EPOCHS, KINDS
 from .timing import BenchError
 
 # %% ../../nbs/experiments/27_bench_record.ipynb #00000004
@@ -96,6 +96,15 @@ def _memory_ratio(bench: "Bench") -> float | None:
     return _share(bench.memory.get("ours"), bench.memory.get("trainer_lora"))
 
 
+def _half_memory_ratio(bench: "Bench") -> float | None:
+    return _share(bench.memory.get("ours_half"), bench.memory.get("ours"))
+
+
+def _half_same(bench: "Bench") -> float | None:
+    found = bench.predictions or {}
+    return _share(found.get("half_same"), found.get("examples"))
+
+
 def _size_ratio(bench: "Bench") -> float | None:
     return _share(bench.saved.get("ours"), bench.adapter.get("bytes"))
 
@@ -104,6 +113,22 @@ TARGETS = [
     Target("training, × Trainer with LoRA", "≥", 2.0, _speed("ours", "trainer_lora")),
     Target("training, × plain wrapper", "≥", 1.3, _speed("ours", "plain_wrapper")),
     Target("training, × lower bound", "≥", 0.95, _speed("ours", "floor")),
+    Target("training in bfloat16, × float32", "≥", 1.5, _speed("ours_half", "ours")),
+    Target(
+        "training in bfloat16, × Trainer with LoRA and bf16",
+        "≥",
+        3.0,
+        _speed("ours_half", "trainer_lora_half"),
+    ),
+    Target("peak memory in bfloat16 / in float32", "≤", 0.65, _half_memory_ratio),
+    Target("evaluation in bfloat16, × float32", "≥", 2.0, _speed("evaluate_half", "evaluate")),
+    Target("share of predictions that are the same in bfloat16", "≥", 0.95, _half_same),
+    Target(
+        f"time of the last quarter with its prefix once / each time, {EPOCHS} epochs",
+        "≤",
+        0.55,
+        _speed("quarter_epochs", "quarter_prefix"),
+    ),
     Target(
         "time of the last quarter / its lower bound",
         "≤",

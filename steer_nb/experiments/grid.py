@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..core.errors import check_number
+from ..core.reuse import prefix_cache
 from .jobs import Experiment, Job, plan, select
 from .runner import failed_record, run_job, trained_folder
 from .store import ExperimentError, Store, canonical_json, records_of
@@ -113,8 +114,9 @@ def run_grid(
 ) -> Store:
     """Run all jobs that are left, and return the store; after an interruption the call resumes.
 
-    With Ray each job takes one CPU, and one GPU where there are GPUs. A job runs in one process: to
-    train one model on several GPUs call `fit` under a launcher.
+    All jobs share the activations below the layers that they train (`prefix_cache`), which are
+    deleted at the end. With Ray each job takes one CPU, and one GPU where there are GPUs. A job
+    runs in one process: to train one model on several GPUs call `fit` under a launcher.
 
     Raises `ExperimentError` if the store has another experiment of this name, is in use by another
     `run_grid`, was written by a newer version or cannot be written to, and if Ray is needed and not
@@ -127,11 +129,14 @@ def run_grid(
             of = [record["kind"], record["id"]]
             store.append({"kind": "again", "id": record["id"], "of": of})
         driver = _Driver(experiment, store, say)
-        if processes == 1 and cluster is None:
-            driver.run_here()
-        else:
-            with ray_workers(processes, cluster) as ray:
-                driver.run_on_ray(ray, processes if cluster is None else QUEUED)
+        try:
+            if processes == 1 and cluster is None:
+                driver.run_here()
+            else:
+                with ray_workers(processes, cluster) as ray:
+                    driver.run_on_ray(ray, processes if cluster is None else QUEUED)
+        finally:
+            shutil.rmtree(_prefix_folder(store), ignore_errors=True)
     return store
 
 # %% ../../nbs/experiments/14_grid.ipynb #535e1caa
@@ -172,7 +177,14 @@ def ray_workers(processes: int, cluster: str | None = None) -> Iterator:
 def _do(folder: str, job: Job, batch_size: int, threads: int) -> dict:
     "In a worker: do a job."
     torch.set_num_threads(threads)
-    return run_job(Store(folder), job, batch_size)
+    store = Store(folder)
+    with prefix_cache(_prefix_folder(store)):
+        return run_job(store, job, batch_size)
+
+
+def _prefix_folder(store: Store) -> Path:
+    "Where the jobs keep activations that are the same for all methods, rates and seeds."
+    return store.folder / "prefix"
 
 
 class _Driver:
@@ -184,8 +196,9 @@ class _Driver:
 
     def run_here(self) -> None:
         "Run the jobs in this process, one after another."
-        while jobs := plan(self.experiment, self.store.records()):
-            self.finish(jobs[0], run_job(self.store, jobs[0], self.experiment.batch_size))
+        with prefix_cache(_prefix_folder(self.store)):
+            while jobs := plan(self.experiment, self.store.records()):
+                self.finish(jobs[0], run_job(self.store, jobs[0], self.experiment.batch_size))
 
     def run_on_ray(self, ray, most: int) -> None:
         "Run the jobs as Ray tasks, at most so many at a time."

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'FitTurn', 'train_once', 'TrainerTurn', 'PlainBlock', 'plain_wrapper', 'PlainTurn', 'ForwardTurn',
-           'BoundTurn', 'bare', 'steered', 'PassTurn', 'DecodeTurn', 'EvaluateTurn', 'GenerateTurn', 'generated_texts',
-           'log_likelihood_alone', 'compare_predictions']
+           'BoundTurn', 'bare', 'steered', 'PassTurn', 'DecodeTurn', 'HalfDecodeTurn', 'EvaluateTurn', 'GenerateTurn',
+           'generated_texts', 'log_likelihood_alone', 'compare_predictions']
 
 # %% ../../nbs/experiments/22_turns.ipynb #00000002
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from transformers import (
 
 from ..core.config import SteeringConfig
 from ..core.hooks import edit
+from ..core.precision import half_precision
 from ..core.sites import Site, blocks, hidden_size
 from ..core.steering import steer, steerings
 from ..data.encoding import Encoded, collate, encode, encode_choices
@@ -38,14 +41,16 @@ from ..training.method import ENCODED
 class FitTurn:
     "Train a linear shift after blocks with `fit`."
 
-    def __init__(self, workload: Workload, name: str, layers: str | list[int] = "all"):
-        self.workload = workload
+    def __init__(
+        self, workload: Workload, name: str, layers: str | list[int] = "all", **changes: object
+    ):
+        self.workload, self.config = workload, replace(workload.config, **changes)
         model = workload.fresh_model(name)
         self.method = apply_method(model, "post_block", rank=workload.rank, layers=layers)
 
     def __call__(self) -> None:
         ENCODED.clear()  # tokenising is part of the turn, as for the other contestants
-        fit(self.method, self.workload.tokenizer, self.workload.task, self.workload.config)
+        fit(self.method, self.workload.tokenizer, self.workload.task, self.config)
 
 
 def train_once(workload: Workload) -> None:
@@ -66,8 +71,10 @@ def train_once(workload: Workload) -> None:
 class TrainerTurn:
     "Train a method with the Trainer of transformers."
 
-    def __init__(self, workload: Workload, name: str, method: str, **options):
-        self.workload = workload
+    def __init__(
+        self, workload: Workload, name: str, method: str, half: bool = False, **options: object
+    ):
+        self.workload, self.half = workload, half or workload.half
         self.method = apply_method(workload.fresh_model(name), method, **options)
 
     def __call__(self) -> None:
@@ -81,7 +88,7 @@ class TrainerTurn:
                 per_device_train_batch_size=work.config.batch_size,
                 learning_rate=work.config.lr,
                 seed=work.config.seed,
-                bf16=work.half,
+                bf16=self.half,
                 report_to="none",
                 save_strategy="no",
                 logging_strategy="no",
@@ -234,15 +241,26 @@ class DecodeTurn:
         for _ in range(STEPS):
             self.model(input_ids=self.ids[:, -1:], past_key_values=self.cache, use_cache=True)
 
+
+class HalfDecodeTurn(DecodeTurn):
+    "The same in bfloat16; the conversion of the weights, once for a whole text, is not counted."
+
+    def __call__(self) -> float:
+        with half_precision(self.model, "bfloat16"):
+            started = time.perf_counter()
+            super().__call__()
+            return time.perf_counter() - started
+
 # %% ../../nbs/experiments/22_turns.ipynb #c73a7ea6
 class EvaluateTurn:
     "Score the test examples with `evaluate`."
 
-    def __init__(self, workload: Workload, name: str):
-        self.workload = workload
+    def __init__(self, workload: Workload, name: str, precision: str | None = None):
+        self.workload, self.precision = workload, precision or workload.config.precision
 
     def __call__(self) -> None:
-        evaluate(self.workload.trained, self.workload.tokenizer, self.workload.task)
+        work = self.workload
+        evaluate(work.trained, work.tokenizer, work.task, precision=self.precision)
 
 
 class GenerateTurn:
@@ -286,11 +304,17 @@ def log_likelihood_alone(workload: Workload, choice: Encoded) -> float:
 def compare_predictions(workload: Workload) -> dict[str, int]:
     """How often `evaluate` agrees with choices scored alone, and with generated answers.
 
-    Counts of `examples`, of `identical` predictions, of the same answer in generated text
-    (`generated_same`), and of generated texts that begin with no choice (`generated_none`)."""
+    Counts of `examples`, of `identical` predictions, of those that are the same in bfloat16
+    (`half_same`), of the same answer in generated text (`generated_same`), and of generated texts
+    that begin with no choice (`generated_none`)."""
     task, tokenizer = workload.task, workload.tokenizer
-    predictions = evaluate(workload.trained, tokenizer, task).predictions
-    ours = [record["prediction"] for record in predictions]
+    ours, half = (
+        [
+            record["prediction"]
+            for record in evaluate(workload.trained, tokenizer, task, precision=one).predictions
+        ]
+        for one in (workload.config.precision, "bfloat16")
+    )
     scores = [
         [
             log_likelihood_alone(workload, one)
@@ -305,6 +329,7 @@ def compare_predictions(workload: Workload) -> dict[str, int]:
     return {
         "examples": len(ours),
         "identical": sum(own == one.index(max(one)) for own, one in zip(ours, scores, strict=True)),
+        "half_same": sum(own == one for own, one in zip(ours, half, strict=True)),
         "generated_same": sum(own == one for own, one in zip(ours, answers, strict=True)),
         "generated_none": answers.count(None),
     }

@@ -59,13 +59,15 @@ class Workload:
         self.encoded = [
             encode(self.tokenizer, example, self.task.chat, length) for example in self.task.train
         ]
-        self.config = TrainConfig(batch_size=batch_size, seed=seed, **PROTOCOL)
         self.rank = rank
         self.device = self.model.device
-        # mixed precision, where `fit` chooses it
+        # on a GPU all compute in mixed precision, on a CPU those that are named so
         self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False
         )
+        precision = "bfloat16" if self.half else "float32"
+        sizes = {"batch_size": batch_size, "seed": seed, "precision": precision}
+        self.config = TrainConfig(**sizes, cache_prefix=False, **PROTOCOL)
         self.counts = {}  # by contestant
         self.trained = None  # a steered model, for inference
         self.grouped = []  # the batches of `fit`

@@ -12,12 +12,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
-from ..core.progress import progress_bar
 from transformers import PreTrainedModel
 
 from ..core.errors import SteeringError, nearest
 from ..core.loading import load_steering
 from ..core.passes import prompt_ends
+from ..core.progress import progress_bar
 from ..core.steering import steerings
 from ..data.models import load_model
 from ..evaluation.choices import EvaluateError

@@ -18,6 +18,7 @@ from torch import nn
 from ..core.config import SteeringConfig
 from ..core.errors import check_choice, check_number
 from ..core.model_state import evaluating
+from ..core.reuse import reuse_if_open
 from ..core.sites import Site
 from ..core.steering import Steering, steer
 from .figures import figure_png
@@ -104,7 +105,8 @@ def fit_oracle(
     """Put a steering on the base that approximates the effect of tuning by maps of this kind (T9).
 
     In closed form; the sequential mode is beyond the paper. For each batch every block runs once in
-    each model (twice in the base at sites other than "block"). Memory does not grow with the
+    each model (twice in the base at sites other than "block"); inside of `prefix_cache`, blocks
+    below the lowest steered layer run once for all calls. Memory does not grow with the
     batches: a temporary folder holds one activation of each per model. The attribute `fit` of the
     steering is an `OracleFit`. Raises `OracleError` for models or batches that do not match and
     what `steer` raises; the base is then unchanged. Warns if the tokens are too few."""
@@ -122,8 +124,10 @@ def fit_oracle(
     config = SteeringConfig(kind=kind, site=at, rank=rank, layers=layers, bias=bias)
     steering = steer(base, config, name=name)
     try:
-        with evaluating(base, tuned), tempfile.TemporaryDirectory() as folder:
-            steered = [site.layer for site in steering.adapters]
+        steered = [site.layer for site in steering.adapters]
+        below = min(steered) - (at != "block")  # the last layer that is the same for every rank
+        reuse = [reuse_if_open(model, below) for model in (base, tuned)]
+        with evaluating(base, tuned), reuse[0], reuse[1], tempfile.TemporaryDirectory() as folder:
             both = PairedModels(base, tuned, data, folder, (at,), steered)
             if weights:
                 both.weigh(seed)

@@ -7,8 +7,8 @@ __all__ = ['ReusedBatches', 'BlockRunner', 'token_weights', 'PairedModels']
 
 # %% ../../nbs/theory/08_paired_runs.ipynb #00000002
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ..core.errors import SteerError
 from ..core.files import write_tensors
 from ..core.hooks import capture, edit
 from ..core.model_state import batch_tokens, evaluating, layout_like, real_tokens
+from ..core.prefix import replaced_forward
 from ..core.sites import Place, Site, blocks, locate
 from .first_order import check_finite
 from .forward_mode import StopForward
@@ -93,20 +94,6 @@ class ReusedBatches:
             )
 
 # %% ../../nbs/theory/08_paired_runs.ipynb #0000000a
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    "While this is open, `forward` replaces the module's own; its hooks stay."
-    before = vars(module).get("forward")  # Accelerate sets one on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
 class BlockRunner:
     "Runs a model a few blocks at a time over many batches. Activations in between are on disk."
 
@@ -149,7 +136,7 @@ class BlockRunner:
             if start >= 0:
                 stored = self._load(number)
                 for block in self.stack[: start + 1]:
-                    undo.enter_context(_replaced_forward(block, lambda *args, **kwargs: stored))
+                    undo.enter_context(replaced_forward(block, lambda *args, **kwargs: stored))
             if keep > start:
                 undo.enter_context(self._recording(number, keep))
             acts = undo.enter_context(capture(self.model, at=at, layers=[layer]))
@@ -175,7 +162,7 @@ class BlockRunner:
             self._store(number, layer, output)
             return output
 
-        return _replaced_forward(self.stack[layer], record)
+        return replaced_forward(self.stack[layer], record)
 
 # %% ../../nbs/theory/08_paired_runs.ipynb #0000000d
 def token_weights(

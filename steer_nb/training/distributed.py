@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..core.model_state import inner_model
+from ..core.precision import choose_precision
 from ..core.sites import blocks
 from .config import TrainConfig, TrainError
 
@@ -223,8 +224,10 @@ def set_generator_states(states: Mapping[str, torch.Tensor], device: torch.devic
         torch.cuda.set_rng_state(states["cuda"], device)
 
 # %% ../../nbs/training/02_distributed.ipynb #b84a4914
-def mixed_precision(config: TrainConfig, accelerator: Accelerator) -> str:
-    "The precision to compute in. Raises `TrainError` if Accelerate was set up with another one."
+def mixed_precision(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> str:
+    """The precision to compute in, the same in all processes.
+
+    Raises `TrainError` if Accelerate was set up with another one."""
     launched = accelerator.mixed_precision
     if launched not in ("no", "bf16") or (launched == "bf16" and config.precision == "float32"):
         raise TrainError(
@@ -232,9 +235,6 @@ def mixed_precision(config: TrainConfig, accelerator: Accelerator) -> str:
             f"precision={config.precision!r}: set up Accelerate with 'no', and choose the "
             "precision in TrainConfig"
         )
-    if config.precision != "auto":
-        return config.precision
-    native = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    return "bfloat16" if launched == "bf16" or native else "float32"
+    if launched == "bf16" and config.precision == "auto":
+        return "bfloat16"
+    return gather_object([choose_precision(model, config.precision)])[0]

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ..data.tokens import cached_examples
 from torch import nn
 
 from ..core.errors import check_choice
@@ -25,6 +24,7 @@ from ..core.quantized import count_parameters
 from ..core.tables import markdown_table
 from ..data.encoding import EncodedSplit, encode
 from ..data.records import Task
+from ..data.tokens import cached_examples
 from .config import TrainConfig, TrainError, learning_rates
 from .saving import restore_trained, save_trained
 

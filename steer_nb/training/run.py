@@ -24,7 +24,7 @@ from ..core.files import read_json, write_json
 from .config import TrainConfig, TrainError
 
 # %% ../../nbs/training/06_run.ipynb #d071385f
-SCHEMA = 5  # 1 had none of the last eight fields, 2 not the last three, and so on
+SCHEMA = 6  # 1 had none of the last nine fields, 2 not the last four, and so on
 LARGEST = 1 << 26  # the most bytes of a record: 400,000 steps
 
 
@@ -60,6 +60,9 @@ class Run:
     validation_available: int  # examples in the task's validation split, used or not
     weights: str | None  # of the base model: dtypes, and the quantization; None: not recorded
     retain_weight: float | None = None  # of the KL on retained texts; None: there are none
+    # Of a frozen prefix that was computed only once: its number of layers, tokens_computed,
+    # tokens_reused (both since the last resumption) and the bytes on the disk; None: it was not.
+    prefix: dict[str, int] | None = None
 
     def __post_init__(self):  # as it will be read: JSON has no tuples
         object.__setattr__(self, "steerings", json.loads(json.dumps(self.steerings)))
@@ -94,6 +97,9 @@ class Run:
                 parts[-1] += (
                     f" on {self.examples['validation']} of {self.validation_available} examples"
                 )
+        if self.prefix and self.prefix["tokens_reused"]:
+            layers, reused = self.prefix["layers"], self.prefix["tokens_reused"]
+            parts.append(f"the lowest {layers} layers not computed again for {reused:,} tokens")
         return ", ".join(parts)
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -121,8 +127,8 @@ class Run:
             later = {"stopped": None, "resumed": [], "skipped": 0, "revision": None}
             content |= {"planned": content.get("steps"), **later}
         # The first schema with a field:
-        first = {"validation_available": 3, "weights": 4, "retain_weight": 5}
-        known = schema in (1, 2, 3, 4, SCHEMA) and {
+        first = {"validation_available": 3, "weights": 4, "retain_weight": 5, "prefix": 6}
+        known = schema in range(1, SCHEMA + 1) and {
             field.name for field in fields(cls) if first.get(field.name, 1) <= schema
         }
         if set(content) != known:
@@ -132,6 +138,8 @@ class Run:
             )
         try:
             config = content["config"]
+            if schema < 6:
+                config = {"cache_prefix": False, **config}
             if schema < 4:
                 content["weights"] = None
             if schema < 3:  # every validation example was used
