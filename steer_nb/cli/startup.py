@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pkgutil import resolve_name
 
 # %% ../../nbs/cli/08_startup.ipynb #00000005
@@ -26,13 +26,16 @@ _PHASES = {
     ("steer_nb.data.tasks", "load_task"): "examples",
     ("steer_nb.core.steering", "steer"): "adapters",
     ("steer_nb.training.fit", "encode_split"): "tokens",
+    ("steer_nb.training.trainer", "mixed_precision"): "choice of precision",
+    ("steer_nb.core.precision", "split_float32"): "half precision",
+    ("steer_nb.core.padding", "ignores_padding"): "check of padding",
     ("steer_nb.training.trainer:Trainer", "validate"): "validation",
     ("steer_nb.training.trainer:Trainer", "update"): "first step",
 }
 
 
 class _Enough(BaseException):
-    "The first step is made."
+    "The first step is made; with the processor time of the process so far."
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def _time_calls(seconds: Counter, owner: object, name: str, phase: str) -> None:
         with _timed(seconds, phase):
             result = function(*args, **options)
         if phase == "first step":
-            raise _Enough
+            raise _Enough(time.process_time())
         return result
 
     setattr(owner, name, timed)
@@ -76,10 +79,10 @@ def run_phases(arguments: list[str]) -> dict[str, float]:
             import steer_nb.training.fit  # noqa: F401
     for (owner, name), phase in _PHASES.items():
         _time_calls(seconds, resolve_name(owner), name, phase)
-    with suppress(_Enough):
+    try:
         app(arguments, standalone_mode=False)
-    seconds["other"] = time.process_time() - sum(seconds.values())
-    return dict(seconds)
+    except _Enough as end:
+        return {**seconds, "other": end.args[0] - sum(seconds.values())}
 
 
 def start_phases(*arguments: str) -> dict[str, float]:
