@@ -58,6 +58,7 @@ _PUBLIC = {
     "evaluation.side_effects": ("SideEffects", "side_effects"),
     "integrations.trl": ("reference_model", "use_reference"),
     "integrations.serve": ("serve", "server_app"),
+    "experiments.forecast": ("Forecast", "plan_training"),
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),

@@ -35,6 +35,7 @@ COMMANDS = [
     "push",
     "distill",
     "experiment",
+    "plan",
     "bench",
 ]
 
@@ -228,6 +229,9 @@ def test_an_interrupted_training_resumes(tiny, tmp_path):
         ("experiment smok", 1, "did you mean 'smoke'"),
         ("experiment smoke --arms lorra", 1, "did you mean 'lora'"),
         ("bench --only trainer-lora", 1, "did you mean 'trainer_lora'"),
+        ("plan --gpu H1000 --model TINY", 1, "did you mean 'H100'"),
+        ("plan --layers 1-3 --model TINY", 1, "numbers separated by commas"),
+        ("plan --method lora --kind vector --model TINY", 1, "not with --method"),
         ("train", 2, "--output"),
         ("evaluate --n 0", 2, "--n"),
         ("evaluate --n 99999", 1, "346"),

@@ -24,7 +24,7 @@ from ..core.imports import uncollected
 
 # %% ../../nbs/cli/00_app.ipynb #00000005
 ORDER = ("demo", "models", "tasks", "train", "evaluate", "lm-eval")  # in the help
-ORDER += ("generate", "chat", "serve", "push", "distill", "experiment", "bench")
+ORDER += ("generate", "chat", "serve", "push", "distill", "experiment", "plan", "bench")
 
 
 class Program(TyperGroup):

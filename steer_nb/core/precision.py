@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from .errors import SteeringError, check_choice
 from .model_state import inner_model
@@ -38,8 +39,6 @@ def join_float32(rounded: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/core/23_precision.ipynb #00000009
 def _matrices(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
     "The weights of this dtype of linear layers in the blocks; not those sharded or quantized."
-    from transformers.pytorch_utils import Conv1D
-
     found = {
         module.weight: None
         for block in blocks(model)

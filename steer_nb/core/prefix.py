@@ -10,13 +10,13 @@ __all__ = ['PrefixError', 'replaced_forward', 'acting_inside', 'checkpointed_mod
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import MethodType
 
 import torch
 import transformers
 from torch import nn
+from xxhash import xxh3_128
 
 from .attach import STEERING_HOOKS, SiteAdapter, SiteAdapters, is_compiled
 from .errors import SteerError
@@ -187,8 +187,8 @@ def check_reusable(model: nn.Module) -> None:
 
 # %% ../../nbs/core/20_prefix.ipynb #00000012
 def _content(tensor: torch.Tensor) -> str:
-    "The SHA-256 of the dtype, the shape and every value of a tensor, quantized or not."
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    "A digest of the dtype, the shape and every value of a tensor, quantized or not."
+    digest = xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     state = getattr(tensor, "quant_state", None)  # of bitsandbytes
     parts = [] if state is None else list(state.as_dict(packed=True).values())
     if hasattr(tensor, "__tensor_flatten__"):  # of torchao
@@ -227,17 +227,15 @@ def prefix_digest(
     modules: Iterable[nn.Module],  # all modules that are used up to the end of the prefix
     count: int,  # of blocks in the prefix
 ) -> str:
-    """The SHA-256, in hexadecimal, of all that the activations at the end of a prefix depend on.
+    """A digest, in hexadecimal, of all that the activations at the end of a prefix depend on.
 
     These are the weights and buffers (all values), the configuration of the model, the number of
     blocks, the kind of device, and the versions of torch and transformers."""
     modules = list(modules)
     tensors = own_tensors(modules)
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        contents = list(threads.map(_content, tensors))
     config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     described = [
-        contents,
+        [_content(tensor) for tensor in tensors],
         [type(module).__name__ for module in modules],
         config,
         getattr(model.config, "_attn_implementation", None),

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from inspect import signature
@@ -66,6 +66,7 @@ class ReusedPrefix:
         self.thread, self.store, self.identity = threading.local(), None, "trial"
         self.needs_no_cache = accepts(model, "use_cache")
         self.before, self.below, self.tensors, self.stamps, self.random = [], [], [], [], []
+        self.order: list[nn.Module] = []  # of calls, in the trial
         path = next(name for name, module in model.named_modules() if module is self.stack)
         parts = path.split(".")
         paths = {".".join(parts[:count]) for count in range(len(parts))}
@@ -81,7 +82,7 @@ class ReusedPrefix:
                 undo.callback(see.remove)
                 undo.callback(forget.remove)
             for number, block in enumerate(self.stack[: self.length]):
-                undo.enter_context(replaced_forward(block, self._forward(number, block.forward)))
+                undo.enter_context(replaced_forward(block, self._forward(number, block)))
             yield
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -99,11 +100,14 @@ class ReusedPrefix:
         if getattr(self.thread, "caller", None) is module:
             self.thread.caller = self.thread.now = None
 
-    def _forward(self, number: int, forward):
+    def _forward(self, number: int, block: nn.Module) -> Callable:
         "The forward of a block in the prefix."
+        forward = block.forward
 
         def run(*args, **kwargs):
             now = getattr(self.thread, "now", None)
+            if isinstance(self.store, _Memory):
+                self.order.append(block)
             if now is None:
                 return forward(*args, **kwargs)
             if number == 0 and not self._look_up(now):
@@ -181,19 +185,19 @@ class ReusedPrefix:
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = (longest < torch.tensor(_PROBE)[:, None]).long()
         with evaluating(self.model):
-            expected = self._followed(ids, mask)
+            self.store = _Memory()
+            expected = self._followed(ids, mask)  # keeps the rows
             reason = acting_inside(self.before)
             if any(tensor.requires_grad for tensor in own_tensors(self.callers)):
                 reason = "a parameter is trained"
             if reason is not None:
                 raise PrefixError(f"before the blocks {reason}")
-            self.store = _Memory()
-            for count, row in zip(_PROBE, ids, strict=True):
-                self._logits(row[None, :count], mask[:1, :count])
+            if len(self.store) < len(rows):
+                raise PrefixError("its forward pass does not call the blocks with input_ids")
+            self.store.popitem()  # the padded row is kept from a pass of its own
+            self._logits(ids[1:, : _PROBE[1]], mask[1:, : _PROBE[1]])
             found = self._logits(ids, mask)
             self.store = None
-        if self.counts["tokens_reused"] != sum(_PROBE):
-            raise PrefixError("its forward pass does not call the blocks with input_ids")
         self.counts.clear()
         error = float((found - expected).norm() / expected.norm())
         half = torch.is_autocast_enabled(self.device.type)
@@ -226,17 +230,19 @@ class ReusedPrefix:
         inside = {id(module) for block in self.stack for module in block.modules()}
         inside |= {id(module) for module in (self.stack, *self.callers)}
         outside = [module for module in self.model.modules() if id(module) not in inside]
-        order: list[nn.Module] = []
+
+        def note(module, args):
+            self.order.append(module)
+
         with ExitStack() as undo:
-            for module in (*outside, *self.stack):
-                hook = module.register_forward_pre_hook(lambda module, args: order.append(module))
-                undo.callback(hook.remove)
+            for module in outside:
+                undo.callback(module.register_forward_pre_hook(note).remove)
             logits = self._logits(ids, mask)
-        called = [module for module in order if module in set(self.stack)]
-        if called != list(self.stack):
+        below = list(self.stack[: self.length])
+        if [module for module in self.order if module in set(below)] != below:
             raise PrefixError("its blocks are not called one after another")
-        last = order.index(self.stack[self.length - 1])
-        after = set(order[last:]) - set(order[:last])
+        last = self.order.index(below[-1])
+        after = set(self.order[last:]) - set(self.order[:last])
         self.before = [module for module in outside if module not in after]
         return logits
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ..core.errors import SteerError, check_choice, check_number
 from ..core.files import free_folder
-from ..core.precision import PRECISIONS
 
 # %% ../../nbs/training/00_config.ipynb #006472e3
 class TrainError(SteerError):
@@ -61,6 +60,8 @@ class TrainConfig:
     log_with: str | None = None  # one of `TRACKERS`, to which every step is sent
 
     def __post_init__(self):
+        from steer_nb.core.precision import PRECISIONS  # imports transformers
+
         for field in fields(self):
             value = getattr(self, field.name)
             if hasattr(value, "item"):  # a NumPy number, which JSON does not have
