@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from steer_nb.cli.cli import app
 from steer_nb.cli.demo import write_files
+from steer_nb.cli.startup import start_phases
 from steer_nb.data.models import load_model
 from steer_nb.experiments.testbed import load_testbed
 from steer_nb.testing.tiny_models import tiny_model
@@ -174,6 +175,15 @@ def test_train_as_a_process_of_its_own(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "64 parameters trained" in done.stdout
     assert (tmp_path / "run/steering/steering.safetensors").exists()
+
+
+def test_the_phases_of_a_start(tiny):
+    "Every phase is found, and the command ends with its first step."
+    words = f"train --model {tiny} --task listops --n-train 16"
+    phases = start_phases(*words.split())
+    assert list(phases)[:2] == ["Python", "command line"] and list(phases)[-1] == "other"
+    assert {"model", "examples", "adapters", "tokens", "validation"} < set(phases)
+    assert all(seconds > 0 for seconds in phases.values())
 
 
 def test_an_interrupted_training_resumes(tiny, tmp_path):
