@@ -118,13 +118,14 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 def prefix_end(
     model: nn.Module,
     layer: int | None = None,  # None, or the last block that may be in the prefix
+    stack: nn.ModuleList | None = None,  # `blocks(model)`, if it is known
 ) -> tuple[int, str]:
     """How many blocks are below everything that acts on the model or is trained, and what that is.
 
     The output of the last of them is meant before hooks act on it. Under gradient checkpointing a
     steered block is not counted, since it is computed again in the backward pass. Raises
     `SiteError` if the model has no single stack of blocks."""
-    stack, checkpointed = blocks(model), bool(checkpointed_modules(model))
+    stack = blocks(model) if stack is None else stack
     for number, block in enumerate(stack):
         if layer is not None and number > layer:
             return number, f"layer={layer} was asked for"
@@ -133,7 +134,9 @@ def prefix_end(
         if inside is not None:
             return number, f"in block {number} {inside}"
         if output is not None:
-            return number + (not checkpointed), f"at the output of block {number} {output}"
+            return number + (
+                not checkpointed_modules(model)
+            ), f"at the output of block {number} {output}"
     return len(stack), "nothing acts in a block"
 
 # %% ../../nbs/core/20_prefix.ipynb #0000000c

@@ -144,7 +144,7 @@ class ReusedPrefix:
         "Whether the activations are still those that are kept."
         if any(module.training for module in self.random):
             return False
-        length, _ = prefix_end(self.model, self.layer)
+        length, _ = prefix_end(self.model, self.layer, self.stack)
         changed = length < self.length or acting_inside(self.before) is not None
         return not changed and stamps(self.tensors) == self.stamps
 
