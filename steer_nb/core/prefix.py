@@ -134,9 +134,8 @@ def prefix_end(
         if inside is not None:
             return number, f"in block {number} {inside}"
         if output is not None:
-            return number + (
-                not checkpointed_modules(model)
-            ), f"at the output of block {number} {output}"
+            count = number if checkpointed_modules(model) else number + 1
+            return count, f"at the output of block {number} {output}"
     return len(stack), "nothing acts in a block"
 
 # %% ../../nbs/core/20_prefix.ipynb #0000000c
