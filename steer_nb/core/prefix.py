@@ -74,20 +74,20 @@ def _foreign(hooks: Mapping[int, Callable]) -> bool:
     return any(not getattr(hook, "__name__", "").startswith(_INERT) for hook in others)
 
 
-def _acts(part: SiteAdapter) -> bool:
-    "Whether an adapter changes activations, or may do so after the next step."
+def _acts(part: SiteAdapter, trained: bool) -> bool:
+    "Whether an adapter changes activations or, if steps are made, may do so after the next one."
     acts = part.enabled and (part.strength != 0 or part.passes.by_row)
-    return acts or any(parameter.requires_grad for parameter in part.parameters())
+    return acts or (trained and any(one.requires_grad for one in part.parameters()))
 
 
-def _acting(module: nn.Module) -> tuple[str | None, str | None]:
+def _acting(module: nn.Module, trained: bool) -> tuple[str | None, str | None]:
     "What is trained or acts in a module, and what acts on its output: in words, or None."
     inside = output = None
     slot = module._modules.get("steering")
     for part in slot.values() if isinstance(slot, SiteAdapters) else ():
-        if _acts(part) and part.place.side == "output":
+        if _acts(part, trained) and part.place.side == "output":
             output = f"the steering {part.name!r} acts or is trained"
-        elif _acts(part):
+        elif _acts(part, trained):
             inside = f"the steering {part.name!r} acts or is trained"
     if _foreign(module._forward_hooks):
         output = "another program has a hook"
@@ -98,14 +98,15 @@ def _acting(module: nn.Module) -> tuple[str | None, str | None]:
         inside = "a forward was replaced"
     if hasattr(module, "base_layer"):
         inside = "PEFT has an adapter"
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+    if trained and any(one.requires_grad for one in module.parameters(recurse=False)):
         inside = "a parameter is trained"
     return inside, output
 
 
-def acting_inside(modules: Iterable[nn.Module]) -> str | None:
+def acting_inside(modules: Iterable[nn.Module], trained: bool = True) -> str | None:
     "What is trained or acts in these modules or on their outputs, in words."
-    found = (inside or output for inside, output in map(_acting, modules))
+    pairs = (_acting(module, trained) for module in modules)
+    found = (inside or output for inside, output in pairs)
     return next((what for what in found if what is not None), None)
 
 
@@ -118,22 +119,25 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 def prefix_end(
     model: nn.Module,
     layer: int | None = None,  # None, or the last block that may be in the prefix
+    stack: nn.ModuleList | None = None,  # `blocks(model)`, if it is known
+    trained: bool = True,  # False: no steps are made, so requires_grad has no meaning
 ) -> tuple[int, str]:
     """How many blocks are below everything that acts on the model or is trained, and what that is.
 
     The output of the last of them is meant before hooks act on it. Under gradient checkpointing a
     steered block is not counted, since it is computed again in the backward pass. Raises
     `SiteError` if the model has no single stack of blocks."""
-    stack, checkpointed = blocks(model), bool(checkpointed_modules(model))
+    stack = blocks(model) if stack is None else stack
     for number, block in enumerate(stack):
         if layer is not None and number > layer:
             return number, f"layer={layer} was asked for"
-        (_, *modules), (inside, output) = _own_modules(block), _acting(block)
-        inside = inside or acting_inside(modules)
+        (_, *modules), (inside, output) = _own_modules(block), _acting(block, trained)
+        inside = inside or acting_inside(modules, trained)
         if inside is not None:
             return number, f"in block {number} {inside}"
         if output is not None:
-            return number + (not checkpointed), f"at the output of block {number} {output}"
+            count = number if checkpointed_modules(model) else number + 1
+            return count, f"at the output of block {number} {output}"
     return len(stack), "nothing acts in a block"
 
 # %% ../../nbs/core/20_prefix.ipynb #0000000c

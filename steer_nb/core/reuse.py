@@ -58,9 +58,10 @@ class _Memory(dict):
 class ReusedPrefix:
     "The blocks of one model whose outputs are kept, and how often they were used."
 
-    def __init__(self, model: nn.Module, layer: int | None):
+    def __init__(self, model: nn.Module, layer: int | None, training: bool):
         self.model, self.layer, self.stack = model, layer, blocks(model)
-        self.length, self.above = prefix_end(model, layer)  # blocks in the prefix, what ends it
+        # How many blocks are in the prefix, and what ends it.
+        self.length, self.above = prefix_end(model, layer, self.stack, training)
         self.counts: Counter[str] = Counter()  # tokens_computed, tokens_reused, block_passes_saved
         self.rest: dict[int, tuple | None] = {}  # what blocks return besides; None: a bare tensor
         self.thread, self.store, self.identity = threading.local(), None, "trial"
@@ -144,8 +145,9 @@ class ReusedPrefix:
         "Whether the activations are still those that are kept."
         if any(module.training for module in self.random):
             return False
-        length, _ = prefix_end(self.model, self.layer)
-        if length < self.length or acting_inside(self.before) is not None:
+        trained = torch.is_grad_enabled()
+        length, _ = prefix_end(self.model, self.layer, self.stack, trained)
+        if length < self.length or acting_inside(self.before, trained) is not None:
             return False
         now = stamps(self.tensors)
         if self.identity is None:  # the first pass after the trial: weights may be converted now
@@ -187,8 +189,8 @@ class ReusedPrefix:
         with evaluating(self.model):
             self.store = _Memory()
             expected = self._followed(ids, mask)  # keeps the rows
-            reason = acting_inside(self.before)
-            if any(tensor.requires_grad for tensor in own_tensors(self.callers)):
+            reason = acting_inside(self.before, training)
+            if training and any(tensor.requires_grad for tensor in own_tensors(self.callers)):
                 reason = "a parameter is trained"
             if reason is not None:
                 raise PrefixError(f"before the blocks {reason}")
@@ -269,14 +271,15 @@ def reuse_prefix(
 ) -> Iterator[ReusedPrefix]:
     """While open, forward passes of the model keep and reuse activations in the frozen prefix.
 
-    Call `backward` inside. Inside of another such context for the model it does nothing. Raises
+    Without `training`, passes with gradients of parameters below are computed as always. Call
+    `backward` inside. Inside of another such context for the model it does nothing. Raises
     `PrefixError`, with the reason, where activations cannot be reused."""
     key = id(blocks(model))
     if key in _OPEN:
         yield _OPEN[key]
         return
     check_reusable(model)
-    reused = ReusedPrefix(model, layer)
+    reused = ReusedPrefix(model, layer, training)
     if not reused.length:
         raise PrefixError(f"there is no block below what acts or is trained: {reused.above}")
     with reused.installed():
