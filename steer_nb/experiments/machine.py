@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -119,7 +119,7 @@ def optimizer_seconds(parameters: Sequence[nn.Parameter]) -> tuple[float, float]
 
 # %% ../../nbs/experiments/04_machine.ipynb #0000000b
 WEIGHED = 256  # tokens of the shorter of two passes whose memory is measured; the other has 4×
-CHAIN = 3  # blocks that are called on each other's outputs for it
+CHAIN = 6  # blocks that are called on each other's outputs for it
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,10 @@ def measure_training(
         model.train()
         levels = [loaded()]
         learning_rates(TrainConfig(), 1)  # imports what a training imports
-        for shape in weighed:  # the first calls compile kernels and read weights from the disk
-            measure(shape, True, 0)
+        for more in (0, 1):  # the first calls compile kernels and read weights from the disk
+            measure(replace(weighed[0], length=length + more), True, 0)
             levels.append(loaded())
+        meter.bytes.clear()
         for shape in (*weighed, more_rows):
             measure(shape, True, 0)
         turn, began = 0, time.perf_counter()

@@ -166,10 +166,9 @@ class Meter:
             self.seconds[(*key, "backward")].append(self.now() - started)
 
     def weigh(self, key: tuple, gradient: bool, steps: Sequence[Callable], start) -> None:
-        """The bytes of one call.
+        """The mean bytes of a step; the steps are called on each other's outputs.
 
-        Several steps are called on each other's outputs, and the first is not counted: the next
-        ones find the holes in memory that it has left."""
+        Several are needed, because each uses a part of the space that those before it have left."""
         torch.clear_autocast_cache()
         before = self.gauge.settle()
         with torch.no_grad():
@@ -178,20 +177,19 @@ class Meter:
         if not gradient:
             return
         torch.clear_autocast_cache()
-        levels = [self.gauge.settle()]
+        before = self.gauge.settle()
         with torch.enable_grad():
             output = start
             for step in steps:
                 output = step(output)
-                levels.append(self.gauge.now())
-        first = 1 if len(steps) > 1 else 0
-        self.bytes[(*key, "kept")] = (levels[-1] - levels[first]) / (len(steps) - first)
+        level = self.gauge.now()
+        self.bytes[(*key, "kept")] = (level - before) / len(steps)
         torch.clear_autocast_cache()
         ones = torch.ones_like(output)
         reset_peak_memory(self.device)
         with torch.autocast(self.device.type, enabled=False):
             output.backward(ones)
-        self.bytes[(*key, "extra")] = self.gauge.peak() - levels[-1]
+        self.bytes[(*key, "extra")] = self.gauge.peak() - level
 
     def cost(self, part: str, shapes: Sequence[PassShape], terms: Sequence[str]) -> PartCost:
         "The laws of a part, of which seconds at these sizes were measured."
