@@ -340,7 +340,11 @@ def test_fit_oracle_at_several_ranks(at, mode):
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    batches = [{"input_ids": torch.randint(3, 100, (6, 9), generator=generator)} for _ in range(4)]
+    mask = (torch.arange(9) < torch.tensor([9, 9, 8, 7, 5, 3])[:, None]).long()
+    batches = [
+        {"input_ids": torch.randint(3, 100, (6, 9), generator=generator), "attention_mask": mask}
+        for _ in range(4)
+    ]
     options = dict(at=at, mode=mode, layers=[2, 3])
 
     def fitted(rank):

@@ -240,9 +240,10 @@ class PairedModels:
             wanted = {site: goal[site] for site in own}
             check_finite(wanted, "the tuned model's activation", OracleError)
             for site, h in own.items():
-                if number == 0:
-                    self._check_resumed(site, goal[site])
                 place = locate(self.base.model, site, self.base.stack)
+                if number == 0:
+                    real = layout_like(parts[0] | parts[1], h, place)
+                    self._check_resumed(site, goal[site], real)
                 s = h.to(at_least_float32(h.dtype))
                 shift = goal[site].to(s) - s
                 for moments, part in zip(found[site], parts, strict=True):
@@ -276,9 +277,9 @@ class PairedModels:
             weights = file.get_tensor(str(layer))
         return layout_like(weights, s, place)[rows]
 
-    def _check_resumed(self, site: Site, h: torch.Tensor) -> None:
-        "Raise `OracleError` if running block by block differs from one whole pass."
-        expected = self.expected.pop(site)
+    def _check_resumed(self, site: Site, h: torch.Tensor, real: torch.Tensor) -> None:
+        "Raise `OracleError` if running block by block differs from one whole pass at real tokens."
+        expected, h = self.expected.pop(site)[real], h[real]
         if not (h - expected).norm() <= 1e-3 * expected.norm():
             raise OracleError(
                 f"{type(self.tuned.model).__name__} cannot be run block by block: "
