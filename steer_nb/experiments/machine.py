@@ -165,7 +165,9 @@ def measure_training(
     precision: str = "float32",  # in which to compute
     seconds: float = 3.0,  # how long to repeat; each shape is measured at least once
 ) -> MeasuredTraining:
-    "Measure the parts of a training; nothing is trained or changed."
+    """Measure the parts of a training; nothing is trained or changed.
+
+    An error of a model whose blocks cannot be called in this way is passed on."""
     model, started = method.model, time.perf_counter()
     device = model.get_input_embeddings().weight.device
     meter, stack, (groups, lowest) = Meter(device), blocks(model), block_groups(model)
@@ -217,9 +219,13 @@ def measure_training(
             for entry in entries
         }
         with torch.autocast(device.type, getattr(torch, precision), enabled=half):
-            if hooks:
+            try:
                 with suppress(_Enough), torch.no_grad():
-                    completion_loss(model, examples)
+                    if hooks:
+                        completion_loss(model, examples)
+            finally:
+                for hook in hooks.values():
+                    hook.remove()
             with without_blocks(model):
                 if weigh:
                     meter.weigh(("rest", shape), True, [rest], None)
@@ -230,8 +236,8 @@ def measure_training(
 
     def loaded() -> float:
         "Bytes of this process, without files such as the weights, which are read when used."
-        meter.gauge.settle()
-        return (resident_memory("RssAnon") or np.nan) * 2**20
+        used = meter.gauge.settle()
+        return used if device.type == "cuda" else (resident_memory("RssAnon") or np.nan) * 2**20
 
     half = precision != "float32"
     gc.collect()
