@@ -80,10 +80,20 @@ def without_blocks(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def block_groups(model: nn.Module) -> tuple[list[list[int]], int]:
-    "Layers that cost the same, and the lowest layer from which on there are gradients."
+def block_groups(model: nn.Module) -> tuple[dict[tuple[int, ...], int], int]:
+    """Layers that cost the same, with the first layer of their kind, whose arguments they take.
+
+    Also the lowest layer from which on there are gradients."""
     stack, groups = blocks(model), defaultdict(list)
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    kinds = [
+        (
+            type(block),
+            types and types[layer],
+            tuple((name, type(one)) for name, one in block.named_children() if name != "steering"),
+        )
+        for layer, block in enumerate(stack)
+    ]
     trained = [any(one.requires_grad for one in block.parameters()) for block in stack]
     lowest = trained.index(True) if any(trained) else len(stack)
     if any(one.requires_grad for one in model.get_input_embeddings().parameters()):
@@ -91,8 +101,9 @@ def block_groups(model: nn.Module) -> tuple[list[list[int]], int]:
     for layer, block in enumerate(stack):
         place = (layer > lowest) - (layer < lowest)
         own = tuple((name, one.shape, one.requires_grad) for name, one in block.named_parameters())
-        groups[type(block), types and types[layer], place, own].append(layer)
-    return list(groups.values()), lowest
+        groups[kinds[layer], place, own].append(layer)
+    found = {tuple(layers): kinds.index(kinds[layers[0]]) for layers in groups.values()}
+    return found, lowest
 
 # %% ../../nbs/experiments/04_machine.ipynb #00000008
 SAMPLE = 2**25  # parameters that are enough to time the optimizer
@@ -154,20 +165,22 @@ def measure_training(
     precision: str = "float32",  # in which to compute
     seconds: float = 3.0,  # how long to repeat; each shape is measured at least once
 ) -> MeasuredTraining:
-    "Measure the parts of a training; nothing is trained or changed."
+    """Measure the parts of a training; nothing is trained or changed.
+
+    An error of a model whose blocks cannot be called in this way is passed on."""
     model, started = method.model, time.perf_counter()
     device = model.get_input_embeddings().weight.device
     meter, stack, (groups, lowest) = Meter(device), blocks(model), block_groups(model)
     shapes = sorted(set(shapes), key=lambda shape: shape.tokens)
     batch = max(shape.batch for shape in shapes)
-    length = min(max(16, WEIGHED // batch), (context_length(model) or 4 * WEIGHED) // 4)
+    length = min(max(16, WEIGHED // batch), (context_length(model) or 5 * WEIGHED) // 5)
     weighed = [PassShape(batch, long, 2 * batch) for long in (length, 4 * length)]
     more_rows = PassShape(batch, 4 * length, 8 * batch)  # for the output layer
 
     def measure(shape: PassShape, weigh: bool, turn: int) -> None:
         "Measure all parts once."
 
-        def at_first_block(module, args, kwargs):
+        def at_block(entry: int, args: tuple, kwargs: dict) -> None:
             own = dict(kwargs)
             start = args[0] if args else own.pop("hidden_states")
 
@@ -179,8 +192,10 @@ def measure_training(
 
                 return step
 
-            hook.remove()
-            for number, layers in enumerate(groups if shape is not more_rows else ()):
+            hooks[entry].remove()
+            for number, (layers, first) in enumerate(groups.items()):
+                if first != entry:
+                    continue
                 part, gradient = f"block {number}", layers[0] >= lowest
                 if weigh:
                     steps = [step_of(layer) for layer in layers[:CHAIN]]
@@ -188,16 +203,29 @@ def measure_training(
                 else:
                     step = step_of(layers[turn % len(layers)])
                     meter.clock((part, shape), gradient, step, start.detach())
-            raise _Enough
+            if entry == max(hooks):
+                raise _Enough
 
         def rest(start):
             return completion_loss(model, examples)
 
         examples = pass_batch(model, shape)
-        hook = stack[0].register_forward_pre_hook(at_first_block, with_kwargs=True)
+        entries = () if shape is more_rows else set(groups.values())
+        hooks = {
+            entry: stack[entry].register_forward_pre_hook(
+                lambda module, args, kwargs, entry=entry: at_block(entry, args, kwargs),
+                with_kwargs=True,
+            )
+            for entry in entries
+        }
         with torch.autocast(device.type, getattr(torch, precision), enabled=half):
-            with suppress(_Enough), torch.no_grad():
-                completion_loss(model, examples)
+            try:
+                with suppress(_Enough), torch.no_grad():
+                    if hooks:
+                        completion_loss(model, examples)
+            finally:
+                for hook in hooks.values():
+                    hook.remove()
             with without_blocks(model):
                 if weigh:
                     meter.weigh(("rest", shape), True, [rest], None)
@@ -208,8 +236,8 @@ def measure_training(
 
     def loaded() -> float:
         "Bytes of this process, without files such as the weights, which are read when used."
-        meter.gauge.settle()
-        return (resident_memory("RssAnon") or np.nan) * 2**20
+        used = meter.gauge.settle()
+        return used if device.type == "cuda" else (resident_memory("RssAnon") or np.nan) * 2**20
 
     half = precision != "float32"
     gc.collect()

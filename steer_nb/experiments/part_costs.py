@@ -145,9 +145,11 @@ class Meter:
         return time.perf_counter()
 
     def clock(self, key: tuple, gradient: bool, step: Callable, start: torch.Tensor | None) -> None:
-        "Add the seconds of one call."
-        torch.clear_autocast_cache()  # each pass converts the weights again
+        "Add the seconds of one call, after a first one at this size, which compiles kernels."
         with torch.no_grad():
+            if (*key, "forward") not in self.seconds:
+                step(start)
+            torch.clear_autocast_cache()  # each pass converts the weights again
             started = self.now()
             step(start)
             self.seconds[(*key, "forward")].append(self.now() - started)
