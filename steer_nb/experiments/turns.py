@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -41,12 +42,10 @@ from ..training.method import ENCODED
 class FitTurn:
     "Train a linear shift after blocks with `fit`."
 
-    def __init__(
-        self, workload: Workload, name: str, layers: str | list[int] = "all", **changes: object
-    ):
+    def __init__(self, workload: Workload, name: str, layers: str | list[int] = "all", **changes):
         self.workload, self.config = workload, replace(workload.config, **changes)
-        # hooks on the model would be a reason not to reuse its prefix
-        model = workload.fresh_model(name, counted=not self.config.cache_prefix)
+        counted = not self.config.cache_prefix  # a hook that counts would prevent that
+        model = workload.fresh_model(name, counted)
         self.method = apply_method(model, "post_block", rank=workload.rank, layers=layers)
 
     def __call__(self) -> None:
@@ -111,6 +110,7 @@ class TrainerTurn:
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
+        AcceleratorState._reset_state()  # Trainer sets the precision of the whole process
 
 # %% ../../nbs/experiments/22_turns.ipynb #0000000a
 class PlainBlock(nn.Module):
@@ -250,7 +250,7 @@ class DecodeTurn:
 
 
 class HalfDecodeTurn(DecodeTurn):
-    "The same in bfloat16; the conversion of the weights, once for a whole text, is not counted."
+    "The same in bfloat16, without the conversion of the weights, which is made once for a text."
 
     def __call__(self) -> float:
         with half_precision(self.model, "bfloat16"):
