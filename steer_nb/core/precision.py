@@ -24,17 +24,21 @@ from .quantized import is_quantized
 from .sites import blocks
 
 # %% ../../nbs/core/23_precision.ipynb #00000007
-def split_float32(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A float32 tensor in bfloat16, rounded to nearest (halves away from zero), and the lower bits.
+def split_float32(weight: torch.Tensor) -> torch.Tensor:
+    """The bits of a float32 tensor rounded to bfloat16, and its lower bits: (2, *shape), int16.
 
-    `join_float32` returns the original, to the bit. Both have the shape of the weight."""
+    Rounded is to nearest, halves away from zero. `join_float32` returns the original, to the bit.
+    One tensor, of as many bytes as the original, leaves no holes in memory."""
     bits = weight.view(torch.int32)
-    return ((bits + 2**15) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+    halves = torch.empty(2, *weight.shape, dtype=torch.int16, device=weight.device)
+    halves[0] = (bits + 2**15) >> 16
+    halves[1] = bits
+    return halves
 
 
-def join_float32(rounded: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+def join_float32(halves: torch.Tensor) -> torch.Tensor:
     "The float32 tensor that `split_float32` was given."
-    return ((rounded.view(torch.int16).int() << 16) + low).view(torch.float32)
+    return ((halves[0].int() << 16) + halves[1]).view(torch.float32)
 
 # %% ../../nbs/core/23_precision.ipynb #00000009
 def _matrices(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -49,26 +53,28 @@ def _matrices(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
 
 
 @contextmanager
-def half_weights(
-    model: nn.Module,
-    trained: bool = False,  # also those with requires_grad; then nothing can be trained
-) -> Iterator[None]:
+def half_weights(model: nn.Module, training: bool) -> Iterator[None]:
     """While open, the weights of linear layers in the blocks are in bfloat16.
 
-    The memory stays the same, because the lower bits are kept. Afterwards they are as before, to
-    the bit. Embeddings, norms, the output layer and steerings are left as they are, as are sharded
-    and quantized weights."""
-    low = {}
+    With `training` only the frozen ones, and the memory stays the same, because the lower bits are
+    kept; otherwise all, and the originals are kept, which is faster. Afterwards they are as before,
+    to the bit. Embeddings, norms, the output layer and steerings are left as they are, as are
+    sharded and quantized weights."""
+    kept = {}
     try:
         with torch.inference_mode(False):
             for weight in _matrices(model, torch.float32):
-                if trained or not weight.requires_grad:
-                    weight.data, low[weight] = split_float32(weight.data)
+                if not training:
+                    kept[weight], weight.data = weight.data, weight.data.to(torch.bfloat16)
+                elif not weight.requires_grad:
+                    kept[weight] = split_float32(weight.data)
+                    weight.data = kept[weight][0].view(torch.bfloat16)
         yield
     finally:
         with torch.inference_mode(False):
-            for weight, bits in low.items():
-                weight.data = join_float32(weight.data, bits)
+            while kept:  # one after the other, so that there is never twice the memory
+                weight, before = kept.popitem()
+                weight.data = join_float32(before) if training else before
 
 # %% ../../nbs/core/23_precision.ipynb #0000000d
 SHORT = 160  # tokens: up to here attention is faster in float32
@@ -186,7 +192,7 @@ def half_precision(
     kind = next(model.parameters()).device.type
     with ExitStack() as stack:
         if precision == "bfloat16":
-            stack.enter_context(half_weights(model, trained=not training))
+            stack.enter_context(half_weights(model, training))
         if training and kind == "cpu":
             stack.enter_context(Float32Attention())
         if not training:

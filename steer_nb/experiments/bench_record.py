@@ -130,6 +130,12 @@ TARGETS = [
         _speed("quarter_epochs", "quarter_prefix"),
     ),
     Target(
+        "the same, in bfloat16 / each time in float32",
+        "≤",
+        0.55,
+        _speed("quarter_epochs", "quarter_prefix_half"),
+    ),
+    Target(
         "time of the last quarter / its lower bound",
         "≤",
         1.1,

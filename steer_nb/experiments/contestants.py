@@ -96,6 +96,19 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         epochs=EPOCHS,
     ),
+    "quarter_prefix_half": Contestant(
+        "the same in bfloat16",
+        "training",
+        lambda workload, name: FitTurn(
+            workload,
+            name,
+            workload.quarter(),
+            epochs=EPOCHS,
+            cache_prefix=True,
+            precision="bfloat16",
+        ),
+        epochs=EPOCHS,
+    ),
     "trainer_lora": Contestant(
         "Trainer, PEFT's LoRA rank r on all linear layers",
         "training",

@@ -10,6 +10,7 @@ __all__ = ['pass_shape', 'TrainingPasses', 'training_passes', 'training_memory',
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..core.errors import check_number
+from ..core.errors import SteerError, check_number
 from ..core.steering import steer
 from ..core.tables import markdown_table
 from ..data.encoding import EncodedSplit, length_grouped_batches
@@ -31,7 +32,7 @@ from .plan import Plan as GpuPlan
 from ..training.config import TrainConfig
 from ..training.distributed import mixed_precision
 from ..training.method import Method, as_method, encode_split
-from ..training.plan import Plan, validation_indices
+from ..training.plan import Plan, prefix_layers, validation_indices
 from ..training.run import device_name, model_name
 
 # %% ../../nbs/experiments/05_forecast.ipynb #00000005
@@ -48,6 +49,7 @@ class TrainingPasses:
     steps: list[tuple[int, list[PassShape]]]  # the epoch of each step, and its passes
     validation: list[PassShape]  # the passes of one validation
     validations: int  # how many there are
+    cached: int = 0  # lowest blocks that are computed once for each example, and kept
 
     @property
     def shapes(self) -> list[PassShape]:
@@ -79,10 +81,14 @@ def training_passes(method: Method, tokenizer, task: Task, config: TrainConfig) 
     plan = Plan(train.lengths, config)
     own = validation.take(validation_indices(validation.lengths, plan, config.validation_share))
     batches = length_grouped_batches(own.lengths, config.batch_size) if own else []
+    cached = 0
+    with suppress(SteerError):
+        cached = prefix_layers(method.model, plan, own.lengths)
     return TrainingPasses(
         steps=[(step.epoch, [pass_shape(train, one) for one in step.passes]) for step in plan],
         validation=[pass_shape(own, batch) for batch in batches],
         validations=1 + sum(step.evaluate for step in plan),
+        cached=cached,
     )
 
 # %% ../../nbs/experiments/05_forecast.ipynb #00000007
@@ -215,7 +221,6 @@ def plan_training(
     tokenizer,
     task: Task,
     config: TrainConfig | None = None,  # None: the defaults of `TrainConfig`
-    cached: int = 0,  # lowest blocks that are computed once for each example, and kept
     seconds: float = 3.0,  # how long to measure
 ) -> Forecast:
     """Predict what `fit` will cost on this machine. It measures, and trains nothing.
@@ -223,7 +228,7 @@ def plan_training(
     Predicted are the seconds in `Run.seconds`, without loading and encoding, and the peak of memory
     above the loaded model: of the GPU, or of the process on Linux. One process is assumed, and of a
     method with several stages the first is predicted. Raises `ScaleError` if there are no training
-    examples or `cached` is more than the blocks that can be, and what `fit` raises for `task`."""
+    examples, and what `fit` raises for `task`."""
     method = as_method(model)
     config = TrainConfig() if config is None else config
     passes = training_passes(method, tokenizer, task, config)
@@ -237,7 +242,7 @@ def plan_training(
         steps=len(passes.steps),
         tokens=sum(shape.tokens for shape in passes.shapes),
         validations=passes.validations if passes.validation else 0,
-        seconds=training_seconds(measured, passes, cached),
+        seconds=training_seconds(measured, passes, passes.cached),
         memory=memory if measured.weighed else None,
         measured=measured,
     )
