@@ -7,7 +7,7 @@ __all__ = ['training_mode', 'work_left_out']
 
 # %% ../../nbs/training/09_mode.ipynb #00000002
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from ..core.model_state import evaluating
 from ..core.padding import without_padding_mask
 from ..core.precision import half_precision
+from .distributed import is_sharded
 
 # %% ../../nbs/training/09_mode.ipynb #00000004
 @contextmanager
@@ -53,5 +54,7 @@ def _drop_gradients(model: nn.Module) -> None:
 @contextmanager
 def work_left_out(model: nn.Module, precision: str) -> Iterator[None]:
     "While this is open, passes do without what no trained number depends on."
-    with without_padding_mask(model), half_precision(model, precision, training=True):
+    # the trial for the mask would gather all weights of a sharded model twice
+    mask = nullcontext() if is_sharded(model) else without_padding_mask(model)
+    with mask, half_precision(model, precision, training=True):
         yield
