@@ -85,6 +85,21 @@ def test_what_auto_chooses(monkeypatch):
         precision.choose_precision(model, "half")
 
 
+def test_short_attention_takes_a_mask_of_half_precision():
+    "PyTorch needs a mask of the dtype of the queries, or of bool."
+    inputs = [torch.randn(1, 2, 5, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill(
+        ~torch.ones(5, 5).tril().bool(), -1e9
+    )
+    expected = F.scaled_dot_product_attention(*(one.float() for one in inputs), is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16), precision.Float32Attention():
+        for found in (
+            F.scaled_dot_product_attention(*inputs, mask),
+            F.scaled_dot_product_attention(*inputs, attn_mask=mask),
+        ):
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("length", [8, precision.SHORT + 1])
 def test_short_attention_under_autocast_is_that_of_float32(length):
     shape = (2, 3, length, 16)

@@ -21,6 +21,7 @@ from steer_nb.cli.app import (
     Epochs,
     Metric,
     ModelName,
+    Precision,
     Quantization,
     Seed,
     ShiftSite,
@@ -161,9 +162,7 @@ def plan(
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="The most tokens of one pass, padding included.")
     ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Precision to compute in: auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    precision: Precision = "auto",
     seed: Seed = 0,
     dtype: Dtype = None,
     quantization: Quantization = None,

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import SteeringError, check_choice
 from .model_state import inner_model
+from .prefix import replaced_forward
 from .quantized import is_quantized
 from .sites import blocks
 
@@ -87,9 +88,14 @@ class Float32Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or not _is_short(*args[:1]):
             return func(*args, **kwargs)
-        wide = [one.float() for one in args[:3]]
         with torch.autocast("cpu", enabled=False):
-            return func(*wide, *args[3:], **kwargs)
+            return func(*map(_wide, args), **{name: _wide(one) for name, one in kwargs.items()})
+
+
+def _wide(value: object) -> object:
+    "A floating-point tensor in float32; anything else as it is."
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.float() if floating else value
 
 
 def _is_short(query: torch.Tensor | None = None) -> bool:
@@ -156,20 +162,14 @@ def _exact_output(model: nn.Module) -> Iterator[None]:
     if layer is None:
         yield
         return
-    own, forward = vars(layer).get("forward"), layer.forward  # Accelerate sets one of its own
+    forward = layer.forward
 
     def exact(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return forward(hidden.to(layer.weight.dtype))
 
-    layer.forward = exact
-    try:
+    with replaced_forward(layer, exact):
         yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
 
 
 @contextmanager
