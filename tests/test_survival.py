@@ -24,7 +24,14 @@ from steer_nb.data.models import load_model
 from steer_nb.methods.registry import METHODS, apply_method
 from steer_nb.training import checkpoints, loss
 from steer_nb.training.checkpoints import Checkpoints
-from steer_nb.training.config import CHECKPOINT_FOLDER, LOCK, OutputError, TrainConfig, TrainError
+from steer_nb.training.config import (
+    CHECKPOINT_FOLDER,
+    LOCK,
+    OutputError,
+    TrainConfig,
+    TrainError,
+    check_output,
+)
 from steer_nb.training.fit import fit
 from steer_nb.training.run import Run
 
@@ -368,6 +375,20 @@ def test_a_model_that_is_not_finite_is_an_error_before_training():
 def unfinished(tmp_path):
     interrupt(tiny_method(), 3, output=tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_another_process_creates_the_checkpoints_while_this_one_looks(tmp_path, monkeypatch):
+    "Under a launcher: the first process takes the lock between two looks of the second."
+    folder, listdir = tmp_path / "run", os.listdir
+
+    def then_created(path):
+        names = listdir(path)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        return names
+
+    folder.mkdir()
+    monkeypatch.setattr(os, "listdir", then_created)
+    assert check_output(folder, overwrite=False) == folder
 
 
 def test_another_training_is_an_error_with_the_difference(unfinished):

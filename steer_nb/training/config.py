@@ -134,10 +134,9 @@ def check_output(output: str | os.PathLike | None, overwrite: bool) -> Path | No
     "The folder to write to. Raises `TrainError` if it has files that are not of an unfinished run."
     if output is None:
         return None
-    checkpoints = Path(output) / CHECKPOINT_FOLDER
-    unfinished = checkpoints.is_dir()
-    if unfinished and (Path(output) / RUN_FILE).exists():  # unless it ended just now
-        unfinished = os.listdir(checkpoints) != [LOCK]
-    if Path(output).is_dir() and os.listdir(output) == [LOG_FOLDER]:  # of one that failed
-        unfinished = True
-    return free_folder(output, overwrite or unfinished, TrainError)
+    # Listed once: meanwhile another process of this training may create its checkpoints.
+    names = os.listdir(output) if Path(output).is_dir() else []
+    ours = CHECKPOINT_FOLDER in names or names in ([], [LOG_FOLDER])  # the logs of one that failed
+    if CHECKPOINT_FOLDER in names and RUN_FILE in names:  # unless it ended just now
+        ours = os.listdir(Path(output) / CHECKPOINT_FOLDER) != [LOCK]
+    return free_folder(output, overwrite or ours, TrainError)

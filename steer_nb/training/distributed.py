@@ -36,9 +36,13 @@ from .config import TrainConfig, TrainError
 def join_processes() -> PartialState:
     """The state of this process among those that a launcher started; the first call sets it up.
 
-    Raises `TrainError` if there are others and they cannot be reached."""
+    Raises `TrainError` if there are others and they cannot be reached, and for FSDP1."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    sharded = several and parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise TrainError("FSDP version 1 is not supported: set fsdp_version to 2 for Accelerate")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
+    if several and state.num_processes == 1:
         raise TrainError(
             f"{os.environ['WORLD_SIZE']} processes were started, but each found only itself: "
             "without GPUs, set ACCELERATE_USE_CPU=true"
@@ -55,12 +59,8 @@ def _leave_processes() -> None:
 
 # %% ../../nbs/training/02_distributed.ipynb #06a2c3a2
 def wants_sharding(accelerator: Accelerator) -> bool:
-    "Whether the launcher asked for FSDP2. Raises `TrainError` if it asked for FSDP1."
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return False
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise TrainError("FSDP version 1 is not supported: set fsdp_version to 2 for Accelerate")
-    return True
+    "Whether the launcher asked for FSDP."
+    return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(model: nn.Module) -> bool:
