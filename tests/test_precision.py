@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from toy import tiny, tokenizer, toy
 
@@ -71,6 +72,14 @@ def test_choices_are_not_tied_by_rounding():
     assert (found == found.to(torch.bfloat16)).float().mean() < 0.05
 
 
+def test_the_output_layer_of_a_training_is_exact_for_few_tokens():
+    "For many, converting its weight is the smaller part of the work."
+    model = tiny_model("llama").requires_grad_(False)
+    with half_precision(model, "bfloat16", training=True), torch.autocast("cpu", torch.bfloat16):
+        few, many = (model(torch.zeros(n, 8, dtype=torch.long)).logits for n in (8, 9))
+    assert precision.FEW == 64 and (few.dtype, many.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_what_auto_chooses(monkeypatch):
     model = tiny_model("llama")
     assert precision.choose_precision(model) == "float32"  # small
@@ -103,17 +112,25 @@ def test_short_attention_takes_a_mask_of_half_precision():
 @pytest.mark.parametrize("length", [8, precision.SHORT + 1])
 def test_short_attention_under_autocast_is_that_of_float32(length):
     shape = (2, 3, length, 16)
-    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(shape).bfloat16().float().requires_grad_() for _ in range(3)]
 
     def gradients(autocast, mode):
-        with autocast, mode:
+        kept = []
+        with (
+            autocast,
+            mode,
+            saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one),
+        ):
             output = F.scaled_dot_product_attention(*inputs, is_causal=True)
-        return torch.autograd.grad(output.float().square().sum(), inputs)
+        return torch.autograd.grad(output.float().square().sum(), inputs), kept
 
-    exact = gradients(nullcontext(), nullcontext())
-    found = gradients(torch.autocast("cpu", torch.bfloat16), precision.Float32Attention())
-    same = all(torch.equal(a, b) for a, b in zip(exact, found, strict=True))
+    exact, _ = gradients(nullcontext(), nullcontext())
+    found, kept = gradients(torch.autocast("cpu", torch.bfloat16), precision.Float32Attention())
+    same = all(torch.equal(a, b.bfloat16().float()) for a, b in zip(found, exact, strict=True))
     assert same == (length <= precision.SHORT)
+    # queries, keys and values in bfloat16; in long texts the output too, and a sum for each row
+    assert all(one.dtype == torch.bfloat16 for one in kept if one.ndim == 4)
+    assert (len(kept) == 3) == (length <= precision.SHORT)
 
 
 @pytest.mark.parametrize(
