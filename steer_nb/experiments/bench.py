@@ -6,6 +6,7 @@
 __all__ = ['bench']
 
 # %% ../../nbs/experiments/28_bench.ipynb #00000002
+import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from steer_nb.experiments.contestants import (
     chosen_contestants,
     peak_memory,
 )
+from .part_costs import Gauge
 from .pyreft import with_pyreft
 from .row_turns import ROWS
 from steer_nb.experiments.timing import (
@@ -132,10 +134,13 @@ def bench(
         counts = {name: dict(found) for name, found in workload.counts.items() if name in names}
         say("predictions, files, memory")
         predictions = compare_predictions(workload) if "evaluate" in names else None
-        peaks = {}
+        peaks, held = {}, {}
         if memory:
+            gc.collect()
+            Gauge(workload.device).settle()  # what the turns have freed is needed now
             measured = [name for name in names if CONTESTANTS[name].memory]
             peaks = {name: peak_memory(name, threads, **settings) for name in measured}
+            held = {name: peak_memory(name, threads, False, **settings) for name in measured}
             if workload.pyreft and workload.pyreft.memory is not None:
                 peaks["pyreft_loreft"] = workload.pyreft.memory
         return Bench(
@@ -146,6 +151,7 @@ def bench(
             units=_units(workload, names),
             counts=counts,
             memory=peaks,
+            held=held,
             saved=_sizes(workload, names),
             predictions=predictions,
             notes=notes,

@@ -93,11 +93,11 @@ def _identical(bench: "Bench") -> float | None:
 
 
 def _memory_ratio(bench: "Bench") -> float | None:
-    return _share(bench.memory.get("ours"), bench.memory.get("trainer_lora"))
+    return _share(bench.held.get("ours"), bench.held.get("trainer_lora"))
 
 
 def _half_memory_ratio(bench: "Bench") -> float | None:
-    return _share(bench.memory.get("ours_half"), bench.memory.get("ours"))
+    return _share(bench.held.get("ours_half"), bench.held.get("ours"))
 
 
 def _half_same(bench: "Bench") -> float | None:
@@ -120,7 +120,7 @@ TARGETS = [
         3.0,
         _speed("ours_half", "trainer_lora_half"),
     ),
-    Target("peak memory in bfloat16 / in float32", "≤", 0.65, _half_memory_ratio),
+    Target("memory held in bfloat16 / in float32", "≤", 0.65, _half_memory_ratio),
     Target("evaluation in bfloat16, × float32", "≥", 2.0, _speed("evaluate_half", "evaluate")),
     Target("share of predictions that are the same in bfloat16", "≥", 0.95, _half_same),
     Target(
@@ -161,7 +161,7 @@ TARGETS = [
     ),
     Target("evaluation, × one at a time", "≥", 3.0, _speed("evaluate", "generate")),
     Target("share of predictions that are identical", "≥", 1.0, _identical),
-    Target("peak memory / Trainer with LoRA's", "≤", 1.0, _memory_ratio),
+    Target("memory held / Trainer with LoRA's", "≤", 1.0, _memory_ratio),
     Target("bytes saved / bytes of the adapter", "≤", 1.05, _size_ratio),
 ]
 
@@ -187,6 +187,7 @@ class Bench:
     units: dict[str, int]  # per turn: examples, passes or tokens
     counts: dict[str, dict[str, int]]  # per turn of training: token slots, and rows of logits
     memory: dict[str, float]  # peak MiB above the loaded model, in training
+    held: dict[str, float]  # the same without holes that the allocator leaves
     saved: dict[str, int]  # bytes of the files of what was trained
     predictions: dict[str, int] | None  # as `compare_predictions` returns them
     notes: list[str]  # what is missing, and why
@@ -220,6 +221,7 @@ class Bench:
                     "slots": counts.get("tokens"),
                     "logits": counts.get("logits"),
                     "memory MiB": self.memory.get(name, np.nan),
+                    "held MiB": self.held.get(name, np.nan),
                     "saved MB": self.saved[name] / 1e6 if name in self.saved else np.nan,
                 }
             )

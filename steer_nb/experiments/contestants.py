@@ -217,17 +217,20 @@ def train_longest_batch(job: dict) -> float:
     return peak_process_memory(workload.device) - before
 
 
-def peak_memory(name: str, threads: int, **workload) -> float:
+def peak_memory(name: str, threads: int, holes: bool = True, **workload) -> float:
     """MiB that a contestant's training takes above the loaded model, measured in a new process.
 
-    Raises `BenchError` if that fails."""
+    Without `holes` freed blocks go back to the system at once. Raises `BenchError` if it fails."""
     chosen_contestants([name])
     job = json.dumps({"name": name, "threads": threads, "workload": workload})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if not holes:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # bytes of a large block, for glibc
     done = subprocess.run(
         [sys.executable, "-m", "steer_nb.experiments.contestants", job],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env=environment,
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
     if done.returncode or not found:
