@@ -153,6 +153,25 @@ def test_methods_train_in_bfloat16(name):
     assert all(abs(a - b) < 0.05 for a, b in pairs)
 
 
+def test_scores_and_distillation_in_bfloat16():
+    "The scores of sites, and the maps of an oracle, to the 8 bits of bfloat16 per layer."
+    base, tuned = tiny(), tiny()
+    with torch.no_grad():
+        for block in tuned.model.layers:
+            block.mlp.down_proj.weight.mul_(1.5)
+    batches = [{"input_ids": IDS, "attention_mask": MASK, "labels": IDS.where(MASK.bool(), -100)}]
+    found = []
+    for chosen in ("float32", "bfloat16"):
+        with half_precision(base, chosen), half_precision(tuned, chosen):
+            scores = site_scores(base, batches, rank=2).frame()["score"]
+            steering = fit_oracle(base, tuned, batches, kind="vector")
+        found.append([torch.tensor(scores), torch.cat([p.flatten() for p in steering.parameters()])])
+        steering.remove()
+    for exact, half in zip(*found, strict=True):
+        assert half.dtype == exact.dtype and not torch.equal(half, exact)
+        assert (half - exact).norm() < 0.03 * exact.norm()
+
+
 def test_a_resumed_training_keeps_what_auto_chose(tmp_path, monkeypatch, pays):
     "On the machine where it is resumed `auto` would choose float32."
 

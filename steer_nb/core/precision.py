@@ -194,9 +194,8 @@ def half_precision(
     In bfloat16: autocast, with the weights of linear layers converted once (`half_weights`). The
     output layer is left in float32: rounded to bfloat16, the logits of two choices can be equal.
     With `training` only frozen weights are converted, the output layer is in float32 for few
-    tokens only, and autocast is left to the caller. For
-    forward passes and `generate` in this thread. Raises `SteeringError` for an unknown
-    precision."""
+    tokens only, and autocast is left to the caller. For all that is computed in this thread.
+    Raises `SteeringError` for an unknown precision."""
     precision = choose_precision(model, precision)
     if precision == "float32":
         yield precision
@@ -205,10 +204,10 @@ def half_precision(
     with ExitStack() as stack:
         if precision == "bfloat16":
             stack.enter_context(half_weights(model, training))
-        if training and kind == "cpu":
+        if kind == "cpu":
             stack.enter_context(Float32Attention())
-            stack.enter_context(_exact_output(model, most=FEW))
         if not training:
             stack.enter_context(torch.autocast(kind, getattr(torch, precision)))
-            stack.enter_context(_exact_output(model, most=float("inf")))
+        if kind == "cpu" or not training:
+            stack.enter_context(_exact_output(model, most=FEW if training else float("inf")))
         yield precision

@@ -111,7 +111,8 @@ def _outer(g: torch.Tensor, h: torch.Tensor, place: Place, real: torch.Tensor) -
     "Σ g hᵀ over real tokens: (hidden, hidden), or (heads, head_dim, head_dim)."
     mask, dtype = layout_like(real, h, place), torch.promote_types(g.dtype, torch.float32)
     g, h = g[mask].to(dtype), h[mask].to(dtype)
-    return (torch.einsum("thi,thj->hij", g, h) if place.parts else g.mT @ h).double()
+    with torch.autocast(g.device.type, enabled=False):
+        return (torch.einsum("thi,thj->hij", g, h) if place.parts else g.mT @ h).double()
 
 
 def leading_directions(gradient: torch.Tensor, rank: int) -> Directions:
