@@ -9,10 +9,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from toy import tiny, tokenizer, toy
 
-from steer_nb import half_precision, load_model, steer, tiny_model
+from steer_nb import fit_oracle, half_precision, load_model, site_scores, steer, tiny_model
 from steer_nb.core import precision
 from steer_nb.core.errors import SteeringError
 from steer_nb.core.padding import without_padding_mask
+from steer_nb.core.precision import join_float32
 from steer_nb.evaluation.result import Result, evaluate
 from steer_nb.methods.registry import apply_method
 from steer_nb.training.config import CHECKPOINT_FOLDER, TrainConfig
@@ -154,22 +155,96 @@ def test_methods_train_in_bfloat16(name):
 
 
 def test_scores_and_distillation_in_bfloat16():
-    "The scores of sites, and the maps of an oracle, to the 8 bits of bfloat16 per layer."
+    "The scores of sites, and how well the maps of an oracle fit, to the 8 bits of bfloat16."
     base, tuned = tiny(), tiny()
     with torch.no_grad():
         for block in tuned.model.layers:
             block.mlp.down_proj.weight.mul_(1.5)
-    batches = [{"input_ids": IDS, "attention_mask": MASK, "labels": IDS.where(MASK.bool(), -100)}]
-    found = []
+    ids = torch.randint(1, 10, (12, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+    scores, fits = [], []
     for chosen in ("float32", "bfloat16"):
         with half_precision(base, chosen), half_precision(tuned, chosen):
-            scores = site_scores(base, batches, rank=2).frame()["score"]
-            steering = fit_oracle(base, tuned, batches, kind="vector")
-        found.append([torch.tensor(scores), torch.cat([p.flatten() for p in steering.parameters()])])
+            scores.append(torch.tensor(site_scores(base, batches, rank=2).frame()["score"]))
+            steering = fit_oracle(base, tuned, batches, rank=4, ridge=0.1)
+        fits.append(torch.tensor([row["r2_held_out"] for row in steering.fit.rows]))
         steering.remove()
-    for exact, half in zip(*found, strict=True):
-        assert half.dtype == exact.dtype and not torch.equal(half, exact)
-        assert (half - exact).norm() < 0.03 * exact.norm()
+    assert not torch.equal(*scores) and (scores[1] - scores[0]).norm() < 0.03 * scores[0].norm()
+    assert not torch.equal(*fits) and (fits[1] - fits[0]).abs().max() < 0.02
+
+
+def test_a_weight_that_is_changed_meanwhile_counts():
+    "Autocast's cache would keep its old values until the end."
+    model = tiny_model("llama")
+    steering = steer(model, rank=4)
+    with half_precision(model, "bfloat16"), torch.enable_grad():
+        before = model(IDS).logits
+        with torch.no_grad():
+            for parameter in steering.parameters():
+                parameter.add_(0.1)
+        found = model(IDS).logits
+    with half_precision(model, "bfloat16"):
+        expected = logits_of(model)
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+
+
+def test_other_holders_of_a_parameter_see_no_change():
+    "DDP and an optimizer hold parameters: another dtype would detach their hooks."
+    model = tiny_model("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    weight, values = layer.weight, layer.weight.detach().clone()
+    with half_precision(model, "bfloat16"):
+        assert layer.weight.dtype == torch.bfloat16 and layer.weight.requires_grad
+        assert weight.dtype == torch.float32 and torch.equal(weight, values)
+    assert layer.weight is weight
+
+
+def test_an_interrupt_at_the_end_leaves_one_weight_at_most(monkeypatch):
+    model, joined = tiny_model("llama").requires_grad_(False), []
+
+    def interrupted(halves):
+        joined.append(halves)
+        if len(joined) == 3:
+            raise KeyboardInterrupt
+        return join_float32(halves)
+
+    monkeypatch.setattr(precision, "join_float32", interrupted)
+    with pytest.raises(KeyboardInterrupt), half_precision(model, "bfloat16", training=True):
+        pass
+    assert len(joined) > 3
+    assert sum(weight.dtype == torch.bfloat16 for weight in model.parameters()) == 1
+
+
+def test_the_callback_of_a_training_can_call_the_model():
+    model, found = tiny(), []
+    steer(model, rank=2)
+
+    def on_step(point):
+        model.eval()
+        found.append(
+            [
+                evaluate(model, tokenizer, toy).precision,
+                evaluate(model, tokenizer, toy, precision="bfloat16").precision,
+                logits_of(model).isfinite().all(),
+                model.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape[1] == 8,
+            ]
+        )
+
+    fit(model, tokenizer, toy, TrainConfig(max_steps=2, precision="bfloat16"), on_step=on_step)
+    assert found == [["bfloat16", "bfloat16", True, True]] * 2
+
+
+def test_gradient_checkpointing_in_bfloat16():
+    "Attention is then in bfloat16, so only the last digits of the loss differ."
+    losses = []
+    for checkpointed in (False, True):
+        model = tiny()
+        steer(model, rank=2)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        run = fit(model, tokenizer, toy, TrainConfig(max_steps=3, precision="bfloat16"))
+        losses.append([point["loss"] for point in run.curve])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)  # of about 3
 
 
 def test_a_resumed_training_keeps_what_auto_chose(tmp_path, monkeypatch, pays):
@@ -208,6 +283,8 @@ def test_evaluation_records_its_precision(tmp_path, monkeypatch, pays):
     result = evaluate(model, tokenizer, toy)
     assert result.precision == "bfloat16"
     assert Result.load(result.save(tmp_path / "result.json")) == result
+    own = evaluate(tiny().to(torch.bfloat16), tokenizer, toy, precision="float32")
+    assert own.precision == "bfloat16"  # that of its matrices
 
 
 @pytest.mark.parametrize(("kind", "causal"), [("llama", True), ("opt", True), ("xlnet", False)])

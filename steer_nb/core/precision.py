@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import SteeringError, check_choice
 from .model_state import inner_model
-from .prefix import replaced_forward
+from .prefix import checkpointed_modules, replaced_forward
 from .quantized import is_quantized
 from .sites import blocks
 
@@ -43,15 +43,26 @@ def join_float32(halves: torch.Tensor) -> torch.Tensor:
     return ((halves[0].int() << 16) + halves[1]).view(torch.float32)
 
 # %% ../../nbs/core/23_precision.ipynb #00000009
-def _matrices(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
-    "The weights of this dtype of linear layers in the blocks; not those sharded or quantized."
-    found = {
-        module.weight: None
-        for block in blocks(model)
-        for module in block.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and type(module.weight) is nn.Parameter
-    }
-    return [one for one in found if one.dtype == dtype and not is_quantized(one)]
+def _matrices(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, list[nn.Module]]:
+    """The weights of this dtype of linear layers in the blocks, and the layers that share each.
+
+    Without those that are sharded or quantized."""
+    found = {}
+    for block in blocks(model):
+        for module in block.modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and type(module.weight) is nn.Parameter:
+                found.setdefault(module.weight, []).append(module)
+    return {w: own for w, own in found.items() if w.dtype == dtype and not is_quantized(w)}
+
+
+def _replace(layers: list[nn.Module], weight: nn.Parameter) -> None:
+    for layer in layers:
+        layer.weight = weight
+
+
+def _join(weight: nn.Parameter, halves: torch.Tensor) -> None:
+    with torch.inference_mode(False):
+        weight.data = join_float32(halves)
 
 
 @contextmanager
@@ -59,24 +70,21 @@ def half_weights(model: nn.Module, training: bool) -> Iterator[None]:
     """While open, the weights of linear layers in the blocks are in bfloat16.
 
     With `training` only the frozen ones, and the memory stays the same, because the lower bits are
-    kept; otherwise all, and the originals are kept, which is faster. Afterwards they are as before,
-    to the bit. Embeddings, norms, the output layer and steerings are left as they are, as are
-    sharded and quantized weights."""
-    kept = {}
-    try:
+    kept; otherwise all, and the layers get other parameters meanwhile, which is faster. Afterwards
+    they are as before, to the bit. Embeddings, norms, the output layer and steerings are left as
+    they are, as are sharded and quantized weights."""
+    with ExitStack() as undo:  # one after the other, also after an error
         with torch.inference_mode(False):
-            for weight in _matrices(model, torch.float32):
+            for weight, layers in _matrices(model, torch.float32).items():
                 if not training:
-                    kept[weight], weight.data = weight.data, weight.data.to(torch.bfloat16)
+                    half = nn.Parameter(weight.detach().to(torch.bfloat16), weight.requires_grad)
+                    undo.callback(_replace, layers, weight)
+                    _replace(layers, half)
                 elif not weight.requires_grad:
-                    kept[weight] = split_float32(weight.data)
-                    weight.data = kept[weight][0].view(torch.bfloat16)
+                    halves = split_float32(weight.data)
+                    undo.callback(_join, weight, halves)
+                    weight.data = halves[0].view(torch.bfloat16)
         yield
-    finally:
-        with torch.inference_mode(False):
-            while kept:  # one after the other, so that there is never twice the memory
-                weight, before = kept.popitem()
-                weight.data = join_float32(before) if training else before
 
 # %% ../../nbs/core/23_precision.ipynb #0000000d
 SHORT = 160  # tokens: up to here attention is faster in float32
@@ -85,13 +93,13 @@ SHORT = 160  # tokens: up to here attention is faster in float32
 class Float32Attention(TorchFunctionMode):
     """While open, the attention of short texts under autocast on a CPU is computed in float32.
 
-    Of queries, keys and values in bfloat16: they are kept, and used again in the backward pass."""
+    Queries, keys and values are rounded, kept, and used again in the backward pass."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or not _is_short(*args[:1]):
             return func(*args, **kwargs)
-        kept = [one.to(torch.bfloat16) for one in args[:3]]
+        kept = [one.to(torch.get_autocast_dtype("cpu")) for one in args[:3]]
         with torch.autocast("cpu", enabled=False):
             return checkpoint(_wide, func, *kept, *args[3:], use_reentrant=False, **kwargs)
 
@@ -168,7 +176,8 @@ def _exact_output(model: nn.Module, most: float) -> Iterator[None]:
     "While open, the output layer computes in its weight's dtype for at most so many tokens."
     inner = inner_model(model)
     layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if layer is None:
+    weight = getattr(layer, "weight", None)
+    if weight is None or is_quantized(weight):
         yield
         return
     forward = layer.forward
@@ -194,20 +203,25 @@ def half_precision(
     In bfloat16: autocast, with the weights of linear layers converted once (`half_weights`). The
     output layer is left in float32: rounded to bfloat16, the logits of two choices can be equal.
     With `training` only frozen weights are converted, the output layer is in float32 for few
-    tokens only, and autocast is left to the caller. For all that is computed in this thread.
-    Raises `SteeringError` for an unknown precision."""
+    tokens only, and autocast is left to the caller. Raises `SteeringError` for an unknown
+    precision.
+
+    Meanwhile the model can be used in this thread only, and a saved copy would have the rounded
+    weights. A model whose matrices are in bfloat16 already stays so with "float32"."""
     precision = choose_precision(model, precision)
     if precision == "float32":
-        yield precision
+        yield "bfloat16" if _matrices(model, torch.bfloat16) else precision
         return
     kind = next(model.parameters()).device.type
     with ExitStack() as stack:
         if precision == "bfloat16":
             stack.enter_context(half_weights(model, training))
-        if kind == "cpu":
-            stack.enter_context(Float32Attention())
-        if not training:
-            stack.enter_context(torch.autocast(kind, getattr(torch, precision)))
-        if kind == "cpu" or not training:
-            stack.enter_context(_exact_output(model, most=FEW if training else float("inf")))
+        if training and kind == "cpu":
+            stack.enter_context(_exact_output(model, most=FEW))
+            if not checkpointed_modules(model):  # which compute again outside of the mode
+                stack.enter_context(Float32Attention())
+        if not training:  # a cache would keep the old values of a weight that is changed
+            dtype = getattr(torch, precision)
+            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+            stack.enter_context(_exact_output(model, most=float("inf")))
         yield precision

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from accelerate.utils import gather_object
 from scipy.stats import binomtest, bootstrap
-from torch import nn
+from torch import distributed, nn
 
 from ..core.errors import check_choice
 from ..core.files import read_json, write_json
-from ..core.precision import half_precision
+from ..core.precision import choose_precision, half_precision
 from ..core.tables import markdown_table
 from ..data.examples import Example
 from ..data.records import Task
@@ -235,6 +236,9 @@ def evaluate(
         raise EvaluateError(f"{task.name} has no choices: there are no scores to normalise")
     if precision == "auto" and _characters(examples) < LARGE:
         precision = "float32"  # the conversion of the weights takes longer than it saves
+    precision = choose_precision(model, precision)
+    if distributed.is_available() and distributed.is_initialized():
+        precision = gather_object([precision])[0]  # a probe may find another one elsewhere
     with half_precision(model, precision) as precision:
         records = _records(model, tokenizer, task, examples, batch_size, normalise)
     return Result(

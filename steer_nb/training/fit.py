@@ -165,6 +165,7 @@ def fit(
 
     `on_step` gets what `Run.curve` has of a step, and `validation_loss` where there is one; so does
     the tracker `config.log_with`. TensorBoard writes to `logs/` in the folder, or here without one.
+    `on_step` can call the model; in bfloat16 it must not save it: frozen weights are rounded then.
 
     Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
     folder has files or an unfinished training that differs, or if another process trains there;

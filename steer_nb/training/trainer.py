@@ -178,7 +178,8 @@ class Trainer:
             return  # a skipped step has nothing to report
         validated = self.progress.validation[-1:]
         known = step.evaluate and validated and validated[0]["step"] == step.number
-        self.report({**made[0], **({"validation_loss": validated[0]["loss"]} if known else {})})
+        with self.autocast():  # for passes of the caller
+            self.report({**made[0], **({"validation_loss": validated[0]["loss"]} if known else {})})
 
     def update(self, step: Step) -> None:
         "One step. Raises `TrainError` if its loss or its gradient is not finite."
@@ -258,12 +259,18 @@ class Trainer:
         "The summed loss of this process's share of the examples."
         share = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         examples = [self.splits[split][index] for index in share or indices[:1]]
-        device, enabled = self.accelerator.device, self.precision != "float32"
+        device = self.accelerator.device
         batch = {name: t.to(device) for name, t in collate(self.tokenizer, examples).items()}
-        with torch.autocast(device.type, getattr(torch, self.precision), enabled=enabled):
+        with self.autocast():
             own = self.retained.divergence if split == "retain" else completion_loss
             loss = own(model, batch)
         return loss if share else loss * 0
+
+    def autocast(self) -> torch.autocast:
+        "For forward passes. A cache would keep the old values of what is trained."
+        enabled, dtype = self.precision != "float32", getattr(torch, self.precision)
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
     def count_tokens(self, split: str, indices: Sequence[int]) -> int:
         "The number of labelled tokens of these examples."
