@@ -208,3 +208,11 @@ def test_a_forecast_of_a_training_says_all():
     assert "16 steps" in repr(forecast) and "seconds: training" in forecast._repr_markdown_()
     with pytest.raises(ScaleError, match="no training examples"):
         plan_training(as_method(tiny()), tokenizer, replace(toy, train=()), config)
+
+
+@pytest.mark.parametrize("trained", ["model.norm.weight", "lm_head.weight"])
+def test_what_is_above_all_blocks_is_planned_too(trained):
+    model = tiny().requires_grad_(False)
+    model.get_parameter(trained).requires_grad_(True)
+    forecast = plan_training(as_method(model), tokenizer, toy, TrainConfig(max_steps=2), seconds=0)
+    assert forecast.memory["kept for the backward pass"] == 0 < forecast.total

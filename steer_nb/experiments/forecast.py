@@ -96,21 +96,21 @@ def training_memory(measured: MeasuredTraining, passes: TrainingPasses) -> dict[
     "Bytes above the loaded model at the peak of a training, by term."
     shape = max(passes.shapes, key=lambda shape: (shape.tokens, shape.rows))
     above, count = max(0, measured.lowest), measured.trainable
-    kept = sum(part.kept(shape) for part in measured.blocks[above:])
+    upper = [(part.kept(shape), part.extra(shape)) for part in measured.blocks[above:]]
+    kept = [one for one, _ in upper] or [0.0]  # with a trained norm or output layer only
     # what frozen blocks have freed is reused only in part
     below = max((part.working(shape) for part in measured.blocks[:above]), default=0.0)
     several = any(len(shapes) > 1 for _, shapes in passes.steps)  # gradients of earlier passes
     top = {
         "temporary": below,
-        "kept for the backward pass": kept,
+        "kept for the backward pass": sum(kept),
         "output layer and loss": measured.rest.kept(shape) + measured.rest.extra(shape),
         "gradients": FLOAT32 * (count if several else 0),
     }
-    extra = max(part.extra(shape) for part in measured.blocks[above:])
     bottom = {
-        "kept for the backward pass": measured.blocks[above].kept(shape),
+        "kept for the backward pass": kept[0],
         "gradients": FLOAT32 * count,
-        "temporary": extra,
+        "temporary": max((extra for _, extra in upper), default=0.0),
     }
     update = {"gradients": FLOAT32 * count, "temporary": 2 * FLOAT32 * measured.largest}
     sizes = {(one.batch, one.length) for one in (*passes.shapes, *passes.validation)}
