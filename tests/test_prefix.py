@@ -6,12 +6,15 @@ epoch, matrix products round differently, so losses agree to 1e-6 of their size.
 import copy
 import json
 import os
+import shutil
+import signal
 import warnings
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
 import torch
-from children import run_processes, start
+from children import run, run_processes, start
 from safetensors.torch import load_file
 from toy import tiny, tokenizer, toy
 
@@ -32,6 +35,7 @@ from steer_nb.theory.distill import fit_oracle
 from steer_nb.training.checkpoints import Checkpoints
 from steer_nb.training.config import CHECKPOINT_FOLDER, TrainConfig, TrainError
 from steer_nb.training.fit import fit
+from steer_nb.training.plan import Plan, prefix_layers
 from steer_nb.training.run import Run
 
 CONFIG = TrainConfig(lr=1e-2, epochs=3, batch_size=4, cache_prefix=True)
@@ -177,6 +181,83 @@ def test_a_file_of_activations_that_is_damaged_or_gone(tmp_path):
     assert Run.load(tmp_path / "run" / "run.json") == run
 
 
+def kept_files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_a_file_whose_values_were_changed(tmp_path):
+    "Its header is whole. It is replaced, once."
+    model = steered(tiny_model("llama", num_hidden_layers=4))
+    plain = logits(model)
+    for _ in range(2):
+        with prefix_cache(tmp_path) as cache, reuse_prefix(model, cache):
+            assert torch.equal(logits(model), plain)
+        (file,) = kept_files(tmp_path)
+        content = bytearray(file.read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        assert load_file(file)
+        content[start:] = bytes(len(content) - start)
+        file.write_bytes(content)
+    with prefix_cache(tmp_path) as cache, reuse_prefix(model, cache):
+        assert torch.equal(logits(model), plain) and "tokens_reused" not in cache.counts
+    with prefix_cache(tmp_path) as cache, reuse_prefix(model, cache):
+        assert torch.equal(logits(model), plain) and cache.counts["tokens_reused"] == 12
+    assert len(kept_files(tmp_path)) == 1
+
+
+def test_what_a_killed_process_was_writing_is_deleted(tmp_path):
+    names = [f"key/.{name}.safetensors.1.part" for name in ("killed", "being_written")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names[0], (0, 0))
+    PrefixCache(tmp_path)
+    assert [(tmp_path / name).exists() for name in names] == [False, True]
+
+
+def disk(monkeypatch, free):
+    "A disk with so many free bytes, which the function tells."
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free()))
+
+
+def test_a_part_of_the_disk_stays_free(tmp_path, monkeypatch):
+    disk(monkeypatch, lambda: 2**30 + 10_000 - sum(f.stat().st_size for f in kept_files(tmp_path)))
+    with prefix_cache(tmp_path) as cache, pytest.warns(UserWarning, match="less than 1 GiB"):
+        run = fit(steered(), tokenizer, toy, CONFIG)
+    assert 0 < cache.bytes < 10_000 and cache.full and run.prefix["tokens_reused"] > 0
+
+
+def test_the_limit_counts_what_other_processes_keep(tmp_path):
+    one, other = PrefixCache(tmp_path, 1500 / 2**30), PrefixCache(tmp_path, 1500 / 2**30)
+    for name, cache, key in (("a", one, "k"), ("b", other, "l"), ("c", one, "k")):
+        assert cache.read(key, [name]) is None  # as before each write
+        cache.write(key, {name: torch.zeros(20, 8)})  # 640 bytes, and the header
+    assert one.full and len(kept_files(tmp_path)) == 2
+
+
+def test_a_resumed_training_needs_room_for_the_rest_only(tmp_path, monkeypatch):
+    "The free half of the disk has room for all of it, but not twice."
+    folder = tmp_path / "run"
+
+    def stop(point):
+        if point["step"] == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    def train(on_step):
+        options = {"output": folder, "checkpoint_every": 0, "on_step": on_step}
+        return fit(steered(), tokenizer, toy, config, **options)
+
+    config = replace(CONFIG, precision="float32")
+    plain, _ = trained(steered, config)
+    needed = plain.prefix["bytes"]
+    monkeypatch.setattr("steer_nb.core.kept_rows.RESERVE", 0)
+    disk(monkeypatch, lambda: 2.2 * needed - sum(f.stat().st_size for f in kept_files(folder)))
+    assert train(stop).stopped and kept_files(folder)
+    resumed = train(None)
+    assert resumed.resumed == [8] and resumed.curve == plain.curve
+
+
 def test_a_limit_keeps_the_first_rows_only(tmp_path):
     with prefix_cache(tmp_path, limit=20_000 / 2**30) as cache:
         run, _ = trained(steered)
@@ -185,6 +266,12 @@ def test_a_limit_keeps_the_first_rows_only(tmp_path):
     assert cache.full and 0 < size < 40_000  # the headers of the files are not counted
     for ours, other in zip(run.curve, plain.curve, strict=True):
         assert abs(ours["loss"] - other["loss"]) <= ROUNDING * other["loss"]
+
+
+def layer_drop(probability):
+    "A model that leaves out whole blocks at random, and draws no other random numbers."
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    return tiny_model("opt", num_hidden_layers=6, layerdrop=probability, **rates)
 
 
 def test_where_it_cannot_be_done():
@@ -196,6 +283,7 @@ def test_where_it_cannot_be_done():
 
     refused(lambda: steered(tiny("gpt2"), [1]), "Dropout draws random numbers in training")
     refused(lambda: steered(model_of_four(attention_dropout=0.1)), "LlamaAttention draws random")
+    refused(lambda: steered(layer_drop(0.1), range(1, 6)), "OPTDecoder draws random")
     refused(lambda: steered(layers=[0], site="mlp"), "no block below .* in block 0 the steering")
     refused(steered, "cache_limit is 1e-09 GiB", replace(CONFIG, cache_limit=1e-9))
 
@@ -398,7 +486,7 @@ IDS = torch.tensor([[5, 17, 42, 8, 77, 23], [61, 3, 90, 12, 55, 31]])
 
 def logits(model, ids=IDS, **options):
     with torch.no_grad():
-        return model(ids, use_cache=False, **options).logits
+        return model(input_ids=ids, use_cache=False, **options).logits
 
 
 def test_what_acts_below_is_noticed():
@@ -416,6 +504,114 @@ def test_what_acts_below_is_noticed():
             model.model.layers[1].mlp.up_proj.weight += 0.1
         changed = logits(model)
     assert torch.equal(changed, logits(model)) and not torch.equal(changed, plain)
+
+
+def other_tokens(module, args, kwargs):
+    "A hook that changes the tokens on their way to the blocks."
+    return args, {**kwargs, "input_ids": (kwargs["input_ids"] + 1) % 100}
+
+
+@pytest.mark.parametrize("path", ["", "model"])
+def test_another_program_that_changes_tokens_is_noticed(path):
+    model = steered(tiny_model("llama", num_hidden_layers=4))
+    caller = model.get_submodule(path)
+    plain = logits(model)
+    with prefix_cache() as cache:
+        with reuse_prefix(model, cache) as reused:
+            logits(model)
+            hook = caller.register_forward_pre_hook(other_tokens, with_kwargs=True)
+            changed = logits(model)
+            assert not torch.equal(changed, plain) and not reused.counts["tokens_reused"]
+            hook.remove()
+            assert torch.equal(logits(model), plain) and reused.counts["tokens_reused"]
+        hook = caller.register_forward_pre_hook(other_tokens, with_kwargs=True)
+        refused = pytest.raises(PrefixError, match="another program has a hook")
+        with refused, reuse_prefix(model, cache):
+            pass
+        hook.remove()
+        if path:
+            caller.forward = lambda **kwargs: type(caller).forward(caller, **kwargs)
+            refused = pytest.raises(PrefixError, match="forward was replaced")
+            with refused, reuse_prefix(model, cache):
+                pass
+
+
+CHANGES = {
+    "layers.0.self_attn": ("scaling", 1.0),
+    "layers.1.input_layernorm": ("variance_epsilon", 1.0),
+    "layers.2.mlp": ("note", "any text"),
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_an_attribute_that_was_changed_is_noticed(path, tmp_path):
+    "In a later context, also of another process."
+    model = steered(tiny_model("llama", num_hidden_layers=4))
+    for changed in (False, True):
+        if changed:
+            setattr(model.model.get_submodule(path), *CHANGES[path])
+        plain = logits(model)
+        with prefix_cache(tmp_path) as cache, reuse_prefix(model, cache):
+            assert torch.equal(logits(model), plain) and "tokens_reused" not in cache.counts
+
+
+def keep(folder, peft):
+    "In a process: one pass, in another mode each time."
+    model = steered(tiny_model("llama", num_hidden_layers=4))
+    if peft:
+        from peft import LoraConfig, get_peft_model
+
+        options = LoraConfig(target_modules=["q_proj"], layers_to_transform=[3], r=2)
+        model = get_peft_model(model, options)
+        model.train()
+        model.config._name_or_path = model.get_base_model().model.name_or_path = "elsewhere"
+    with prefix_cache(folder) as cache, reuse_prefix(model, cache, layer=2):
+        logits(model)
+    print(json.dumps(cache.counts))
+
+
+def test_a_later_process_in_another_mode_continues(tmp_path):
+    done = [run(keep, str(tmp_path), peft) for peft in (False, True)]
+    assert [one.returncode for one in done] == [0, 0], done[1].stderr
+    first, second = (json.loads(one.stdout.splitlines()[-1]) for one in done)
+    assert first == {"tokens_computed": 12} and second["tokens_reused"] == 12
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+def test_blocks_that_are_left_out_at_random(layer):
+    "In training mode these passes are computed as always; in evaluation mode they are kept."
+    model = steered(layer_drop(0.5), [layer])
+    plain = logits(model)
+    with prefix_cache() as cache, reuse_prefix(model, cache) as reused:
+        model.train()
+        passes = [logits(model) for _ in range(20)]
+        assert not reused.counts and not all(torch.equal(one, plain) for one in passes)
+        model.eval()
+        assert all(torch.equal(logits(model), plain) for _ in range(2))
+    assert reused.counts["tokens_reused"] == 12
+
+
+def test_a_forecast_knows_what_a_training_cannot_keep():
+    "`prefix_layers` raises what `fit` raises, without a forward pass."
+
+    def embedding():
+        model = steered()
+        model.model.embed_tokens.weight.requires_grad_(True)
+        return model
+
+    only_embeddings = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.1}
+    for build in (
+        embedding,
+        lambda: steered(tiny("gpt2", num_hidden_layers=4), [3]),
+        lambda: steered(tiny("gpt2", num_hidden_layers=4, **only_embeddings), [3]),
+        lambda: steered(layer_drop(0.1), range(1, 6)),
+    ):
+        with pytest.raises(PrefixError) as forecast:
+            prefix_layers(build(), Plan([9], CONFIG), [])
+        with pytest.raises(TrainError) as fitted:
+            trained(build)
+        assert str(forecast.value) in str(fitted.value)
+    assert prefix_layers(steered(), Plan([9], CONFIG), []) == 3
 
 
 def test_other_arguments_are_not_ignored():
@@ -524,7 +720,8 @@ def test_a_copy_that_is_made_meanwhile_is_independent():
         changed = logits(twin)
         assert torch.equal(logits(model), plain) and not torch.equal(changed, plain)
     assert torch.equal(logits(twin), changed)
-    fit(twin, tokenizer, toy, TrainConfig(max_steps=1))
+    run = fit(twin, tokenizer, toy, CONFIG)
+    assert run.prefix["layers"] == 3 and run.prefix["tokens_reused"] > 0
 
 
 def test_random_below_in_training_mode_is_computed_as_always():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import children
 import pytest
 import torch
+from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import ByT5Tokenizer
 
 from steer_nb import TrainConfig, fit, load_records, steer
@@ -108,14 +109,25 @@ def test_other_options_and_examples_are_noticed(cache):
     assert len(list(cache.iterdir())) == 3
 
 
+class AtSpaces:
+    "A part of a tokenizer, in Python."
+
+    def pre_tokenize(self, text):
+        text.split(lambda _, part: part.split(" ", "removed"))
+
+
 def test_nothing_is_kept_where_the_tokens_may_change(cache, tmp_path, monkeypatch):
-    "A list of examples, a slow tokenizer, a class of one's own, today's date."
+    "A list of examples, a slow tokenizer, a class or a part of one's own, today's date."
     model, task = toy_model(), toy_task()
     encode_split(model, toy_tokenizer(), replace(task, train=list(task.train)), "train")
     assert not cache.exists()
     dated, own = toy_tokenizer(), toy_tokenizer()
     dated.chat_template = "{{ strftime_now('%d') }}" + TEMPLATE
     own.__class__ = type("Own", (type(own),), {})
+    python = toy_tokenizer()
+    python.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(AtSpaces())
+    assert len(encode_split(model, python, task, "train")) == len(task.train)
+    assert not cache.exists()
     assert tokens_key(toy_tokenizer(), []) is not None
     assert all(tokens_key(one, []) is None for one in (ByT5Tokenizer(), dated, own))
     (tmp_path / "file").touch()

@@ -48,12 +48,16 @@ def write_json(path: str | os.PathLike, content: object) -> Path:
     return Path(path)
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> Path:
+def write_tensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,  # in the file's header
+) -> Path:
     "Write a safetensors file atomically, tensors copied to the CPU. Raises `OSError`."
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_write(path) as unfinished:
-            save_file(copies, unfinished)
+            save_file(copies, unfinished, metadata)
     except SafetensorError as problem:
         raise OSError(f"cannot write {path}: {problem}") from problem
     return Path(path)

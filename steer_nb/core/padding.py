@@ -42,14 +42,14 @@ def without_padding_mask(model: nn.Module) -> Iterator[bool]:
         yield False
         return
 
-    def drop(module, args, kwargs):
+    def drop_padding_mask(module, args, kwargs):
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.is_floating_point():
             after_padding = mask[:, 1:] > mask[:, :-1]
             if bool(mask[:, 0].all()) and not bool(after_padding.any()):
                 return args, {**kwargs, "attention_mask": None}
 
-    hook = inner_model(model).register_forward_pre_hook(drop, with_kwargs=True)
+    hook = inner_model(model).register_forward_pre_hook(drop_padding_mask, with_kwargs=True)
     try:
         yield True
     finally:

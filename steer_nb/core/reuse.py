@@ -24,8 +24,11 @@ from .kept_rows import PrefixCache, RowPass, padded_rows, row_pass
 from .model_state import accepts, evaluating
 from steer_nb.core.prefix import (
     PrefixError,
+    acting_around,
     acting_inside,
+    check_not_random,
     check_reusable,
+    modules_around,
     modules_below,
     own_tensors,
     prefix_digest,
@@ -68,14 +71,11 @@ class ReusedPrefix:
         self.needs_no_cache = accepts(model, "use_cache")
         self.before, self.below, self.tensors, self.stamps, self.random = [], [], [], [], []
         self.order: list[nn.Module] = []  # of calls, in the trial
-        path = next(name for name, module in model.named_modules() if module is self.stack)
-        parts = path.split(".")
-        paths = {".".join(parts[:count]) for count in range(len(parts))}
-        self.callers = [module for name, module in model.named_modules() if name in paths]
+        self.callers = modules_around(model, self.stack)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        "While open, forward passes are followed, and blocks in the prefix call `_forward`'s."
+        "While open, passes are followed, and `_forward` replaces that of blocks in the prefix."
         with ExitStack() as undo:
             for caller in self.callers:
                 see = caller.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -111,7 +111,8 @@ class ReusedPrefix:
                 self.order.append(block)
             if now is None:
                 return forward(*args, **kwargs)
-            if number == 0 and not self._look_up(now):
+            looked_up = self._look_up(now) if number == 0 else now.key is not None
+            if not looked_up:
                 self.thread.now = None
                 return forward(*args, **kwargs)
             if now.stored is not None:
@@ -147,7 +148,8 @@ class ReusedPrefix:
             return False
         trained = torch.is_grad_enabled()
         length, _ = prefix_end(self.model, self.layer, self.stack, trained)
-        if length < self.length or acting_inside(self.before, trained) is not None:
+        acting = acting_inside(self.before, trained) or acting_around(self.callers)
+        if length < self.length or acting is not None:
             return False
         now = stamps(self.tensors)
         if self.identity is None:  # the first pass after the trial: weights may be converted now
@@ -189,7 +191,7 @@ class ReusedPrefix:
         with evaluating(self.model):
             self.store = _Memory()
             expected = self._followed(ids, mask)  # keeps the rows
-            reason = acting_inside(self.before, training)
+            reason = acting_inside(self.before, training) or acting_around(self.callers)
             if training and any(tensor.requires_grad for tensor in own_tensors(self.callers)):
                 reason = "a parameter is trained"
             if reason is not None:
@@ -209,14 +211,12 @@ class ReusedPrefix:
                 f"{error:.1g} of their size): upper blocks read more than the output of the block "
                 "below, or a row depends on the padding"
             )
-        holders = [caller for caller in self.callers if own_tensors([caller])]
-        below = [*holders, *self.before, *modules_below(self.stack, self.length)]
-        self.random = random_modules(below)
-        if training and self.random:
-            raise PrefixError(
-                f"{type(self.random[0]).__name__} draws random numbers in training, so activations "
-                "differ in each pass"
-            )
+        # Without wrappers: a model in a PeftModel shares its activations with the model alone.
+        own = [one for one in self.callers if own_tensors([one]) or one is self.callers[-1]]
+        below = [*own, *self.before, *modules_below(self.stack, self.length)]
+        self.random = random_modules([*self.callers, *below])
+        if training:
+            check_not_random(self.random)
         self.below, self.tensors, self.identity = below, own_tensors(below), None
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -272,8 +272,9 @@ def reuse_prefix(
     """While open, forward passes of the model keep and reuse activations in the frozen prefix.
 
     Without `training`, passes with gradients of parameters below are computed as always. Call
-    `backward` inside. Inside of another such context for the model it does nothing. Raises
-    `PrefixError`, with the reason, where activations cannot be reused."""
+    `backward` inside. Inside of another such context for the model it does nothing. Meanwhile, do
+    not change weights through `.data`, nor attributes of modules in the prefix: this is not
+    noticed. Raises `PrefixError`, with the reason, where activations cannot be reused."""
     key = id(blocks(model))
     if key in _OPEN:
         yield _OPEN[key]

@@ -35,13 +35,16 @@ _ATTRIBUTES += ("clean_up_tokenization_spaces",)
 def tokenizer_state(tokenizer) -> list | None:
     """Everything of a tokenizer that changes tokens, as JSON types.
 
-    None if that is not known: a slow tokenizer, a class of other packages, or a chat template that
-    depends on the date."""
+    None if that is not known: a slow tokenizer, a class of other packages, a part written in
+    Python, or a chat template that depends on the date."""
     kind = type(tokenizer)
     known = kind.__module__.startswith("transformers.") and tokenizer.is_fast
     if not known or "strftime_now" in str(tokenizer.chat_template):
         return None
-    text = tokenizer.backend_tokenizer.to_str()
+    try:
+        text = tokenizer.backend_tokenizer.to_str()
+    except Exception:  # the only class that tokenizers raises: a part in Python has no text
+        return None
     # Padding and truncation come first; each call sets them anew.
     tail = text.partition('"added_tokens":')[2] or text
     attributes = [repr(getattr(tokenizer, name, None)) for name in _ATTRIBUTES]

@@ -23,7 +23,14 @@ from torch import nn
 
 from ..core.errors import SteerError
 from ..core.kept_rows import PrefixCache
-from ..core.prefix import PrefixError, modules_below, own_tensors, prefix_end
+from steer_nb.core.prefix import (
+    PrefixError,
+    check_constant,
+    check_reusable,
+    modules_below,
+    own_tensors,
+    prefix_end,
+)
 from ..core.reuse import ReusedPrefix, current_prefix_cache, reuse_prefix
 from ..core.sites import blocks, hidden_size
 from ..data.encoding import EncodedSplit, length_grouped_batches
@@ -157,6 +164,8 @@ def prefix_layers(
         raise PrefixError("it is switched off")
     if wanted == "auto" and count < 2:
         raise PrefixError(f"there are fewer than two layers below: {above}")
+    check_reusable(model)
+    check_constant(model, count)
     if wanted == "auto" and not shared:
         _check_worth(model, count, *token_counts(plan, validation, retained))
     return count
@@ -178,13 +187,14 @@ def training_prefix(
     config, cache, reused = plan.config, current_prefix_cache(), None
     with ExitStack() as undo:
         try:
-            texts = splits["validation"].lengths, retained and retained.plan
-            prefix_layers(model, plan, *texts, shared=cache is not None)
+            validation = splits["validation"].lengths
+            retained_plan = None if retained is None else retained.plan
+            prefix_layers(model, plan, validation, retained_plan, shared=cache is not None)
             if cache is None:
                 folder = undo.enter_context(_prefix_folder(output))
-                distinct, _ = token_counts(plan, *texts)
-                _check_room(model, distinct, config.cache_limit, folder)
                 cache = PrefixCache(folder, config.cache_limit)
+                distinct, _ = token_counts(plan, validation, retained_plan)
+                _check_room(model, distinct, cache)
             reused = undo.enter_context(reuse_prefix(model, cache, training=True))
         except SteerError as error:
             if config.cache_prefix is True:
@@ -216,16 +226,18 @@ def _check_worth(model: nn.Module, count: int, distinct: int, computed: int) -> 
         raise PrefixError("little is computed more than once")
 
 
-def _check_room(model: nn.Module, distinct: int, limit: float, folder: Path) -> None:
+def _check_room(model: nn.Module, distinct: int, cache: PrefixCache) -> None:
     "Raise `PrefixError` if the activations of so many tokens would need too much of the disk."
     size = model.get_input_embeddings().weight.element_size()
-    needed = distinct * hidden_size(model) * size / 2**30
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    needed, kept = distinct * hidden_size(model) * size / 2**30, cache.bytes / 2**30
+    folders = (cache.folder, *cache.folder.absolute().parents)
+    there = next(path for path in folders if path.exists())
     room = shutil.disk_usage(there).free / 2 / 2**30
-    if needed > min(limit, room):
+    if needed > cache.limit or needed - kept > room:
         raise PrefixError(
-            f"the activations of {distinct:,} tokens need {needed:.3g} GiB, and cache_limit is "
-            f"{limit:.3g} GiB and half of the free space {room:.3g} GiB"
+            f"the activations of {distinct:,} tokens need {needed:.3g} GiB, of which {kept:.3g} "
+            f"GiB are kept already, and cache_limit is {cache.limit:.3g} GiB and half of the free "
+            f"space {room:.3g} GiB"
         )
 
 
