@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from toy import tiny, tokenizer, toy
 
-from steer_nb import fit_oracle, half_precision, load_model, site_scores, steer, tiny_model
+from steer_nb import half_precision, load_model, site_scores, steer, tiny_model
 from steer_nb.core import precision
 from steer_nb.core.errors import SteeringError
 from steer_nb.core.padding import without_padding_mask
@@ -154,23 +154,14 @@ def test_methods_train_in_bfloat16(name):
     assert all(abs(a - b) < 0.05 for a, b in pairs)
 
 
-def test_scores_and_distillation_in_bfloat16():
-    "The scores of sites, and how well the maps of an oracle fit, to the 8 bits of bfloat16."
-    base, tuned = tiny(), tiny()
-    with torch.no_grad():
-        for block in tuned.model.layers:
-            block.mlp.down_proj.weight.mul_(1.5)
-    ids = torch.randint(1, 10, (12, 16), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
-    scores, fits = [], []
+def test_scores_of_sites_in_bfloat16():
+    "To the 8 bits of bfloat16."
+    model, scores = tiny(), []
+    batches = [{"input_ids": IDS, "attention_mask": MASK, "labels": IDS.where(MASK.bool(), -100)}]
     for chosen in ("float32", "bfloat16"):
-        with half_precision(base, chosen), half_precision(tuned, chosen):
-            scores.append(torch.tensor(site_scores(base, batches, rank=2).frame()["score"]))
-            steering = fit_oracle(base, tuned, batches, rank=4, ridge=0.1)
-        fits.append(torch.tensor([row["r2_held_out"] for row in steering.fit.rows]))
-        steering.remove()
+        with half_precision(model, chosen):
+            scores.append(torch.tensor(site_scores(model, batches, rank=2).frame()["score"]))
     assert not torch.equal(*scores) and (scores[1] - scores[0]).norm() < 0.03 * scores[0].norm()
-    assert not torch.equal(*fits) and (fits[1] - fits[0]).abs().max() < 0.02
 
 
 def test_a_weight_that_is_changed_meanwhile_counts():

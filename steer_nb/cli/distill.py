@@ -19,7 +19,6 @@ from steer_nb.cli.app import (
     DataSource,
     Metric,
     Overwrite,
-    Precision,
     Seed,
     ShiftSite,
     TaskName,
@@ -95,13 +94,11 @@ def distill(
     site: ShiftSite = "block",
     rank: Annotated[int, typer.Option(help="Rank of a linear shift.")] = 8,
     batch_size: BatchSize = 16,
-    precision: Precision = "auto",
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ):
     "Convert fine-tuning into a steering, in closed form instead of by training."
     from steer_nb.core.files import free_folder, write_json
-    from steer_nb.core.precision import half_precision
     from steer_nb.data.encoding import task_batches
     from steer_nb.data.models import load_model
     from steer_nb.evaluation.result import evaluate
@@ -132,8 +129,7 @@ def distill(
         return found
 
     before, target = measured(model), measured(other)
-    with half_precision(model, precision), half_precision(other, precision):
-        steering = fit_oracle(model, other, batches, at=site, rank=rank, kind=kind, seed=seed)
+    steering = fit_oracle(model, other, batches, at=site, rank=rank, kind=kind, seed=seed)
     typer.echo(steering)
     typer.echo(steering.fit)
     report = {"before": before, "after": measured(model), "tuned model": target}
