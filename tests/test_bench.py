@@ -351,6 +351,14 @@ def test_a_process_without_an_answer_is_an_error(tmp_path, monkeypatch):
         peak_memory("our", 1, **SETTINGS)
 
 
+@pytest.mark.parametrize(("holes", "threshold"), [(True, 0), (False, 2**17)])
+def test_without_holes_glibc_returns_large_blocks_at_once(tmp_path, monkeypatch, holes, threshold):
+    script = "import os; print('answer', os.environ.get('MALLOC_MMAP_THRESHOLD_', 0))"
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr(contestants.sys, "executable", a_python(tmp_path, script))
+    assert peak_memory("ours", 1, holes, **SETTINGS) == threshold
+
+
 STAND_IN = """
 import json, sys
 from pathlib import Path

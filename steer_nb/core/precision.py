@@ -29,8 +29,7 @@ from .sites import blocks
 def split_float32(weight: torch.Tensor) -> torch.Tensor:
     """The bits of a float32 tensor rounded to bfloat16, and its lower bits: (2, *shape), int16.
 
-    Rounded is to nearest, halves away from zero. `join_float32` returns the original, to the bit.
-    One tensor, of as many bytes as the original, leaves no holes in memory."""
+    Rounded is to nearest, halves away from zero. `join_float32` returns the original."""
     bits = weight.view(torch.int32)
     halves = torch.empty(2, *weight.shape, dtype=torch.int16, device=weight.device)
     halves[0] = (bits + 2**15) >> 16
@@ -218,7 +217,7 @@ def half_precision(
             stack.enter_context(half_weights(model, training))
         if training and kind == "cpu":
             stack.enter_context(_exact_output(model, most=FEW))
-            if not checkpointed_modules(model):  # which compute again outside of the mode
+            if not checkpointed_modules(model):  # they are computed again outside of the mode
                 stack.enter_context(Float32Attention())
         if not training:  # a cache would keep the old values of a weight that is changed
             dtype = getattr(torch, precision)
