@@ -247,6 +247,7 @@ def train_on_gpu():
     assert first.precision == ("bfloat16" if native else "float32")
     assert 0 < first.peak_memory < 1000
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

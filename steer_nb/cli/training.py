@@ -139,6 +139,12 @@ def train(
     dtype: Dtype = None,
     quantization: Quantization = None,
     precision: Precision = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the blocks: slower first steps, and faster ones after."
+        ),
+    ] = False,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; 0: after each step.")
     ] = 60.0,
@@ -162,7 +168,7 @@ def train(
         raise TrainError("--kind, --site and --positions describe a shift: not with --method")
     given = {} if method is None else _method_options(method, rank, seed)
     sizes = {"epochs": epochs, "batch_size": batch_size, "batch_tokens": batch_tokens}
-    training = TrainConfig(lr=lr, **sizes, seed=seed, precision=precision)
+    training = TrainConfig(lr=lr, **sizes, seed=seed, precision=precision, compile=compiled)
     check_output(output, overwrite)
     loaded, tokenizer = load_steered(model, None, dtype, quantization)
     own = (task, data, columns, choices, metric, seed)

@@ -82,6 +82,11 @@ CONTESTANTS: dict[str, Contestant] = {
         partial(FitTurn, precision="bfloat16"),
         memory=True,
     ),
+    "ours_compiled": Contestant(
+        "the same, blocks compiled",
+        "training",
+        partial(FitTurn, precision="bfloat16", compile=True),
+    ),
     "quarter_epochs": Contestant(
         f"fit, the last quarter, {EPOCHS} epochs",
         "training",
@@ -121,6 +126,13 @@ CONTESTANTS: dict[str, Contestant] = {
         "training",
         lambda workload, name: TrainerTurn(workload, name, "lora", half=True, rank=workload.rank),
         memory=True,
+    ),
+    "trainer_lora_compiled": Contestant(
+        "the same, blocks compiled",
+        "training",
+        lambda workload, name: TrainerTurn(
+            workload, name, "lora", half=True, compiled=True, rank=workload.rank
+        ),
     ),
     "trainer_ours": Contestant(
         "Trainer, the same steering",

@@ -228,9 +228,11 @@ def plan_training(
     Predicted are the seconds in `Run.seconds`, without loading and encoding, and the peak of memory
     above the loaded model: of the GPU, or of the process on Linux. One process is assumed, and of a
     method with several stages the first is predicted. Raises `ScaleError` if there are no training
-    examples, and what `fit` raises for `task`."""
+    examples or for `compile=True`, and what `fit` raises for `task`."""
     method = as_method(model)
     config = TrainConfig() if config is None else config
+    if config.compile:
+        raise ScaleError("a training with compile=True cannot be predicted: plan it without")
     passes = training_passes(method, tokenizer, task, config)
     precision = mixed_precision(method.model, config, Accelerator())
     measured = measure_training(method, passes.typical(), precision, seconds)

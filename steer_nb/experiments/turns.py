@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,7 @@ from ..methods.registry import apply_method
 from ..training.fit import fit
 from ..training.loss import completion_loss
 from ..training.method import ENCODED
+from ..training.mode import compiled_blocks
 
 # %% ../../nbs/experiments/22_turns.ipynb #00000005
 class FitTurn:
@@ -77,9 +79,9 @@ class TrainerTurn:
     "Train a method with the Trainer of transformers."
 
     def __init__(
-        self, workload: Workload, name: str, method: str, half: bool = False, **options: object
+        self, workload: Workload, name: str, method: str, half=False, compiled=False, **options
     ):
-        self.workload, self.half = workload, half or workload.half
+        self.workload, self.half, self.compiled = workload, half or workload.half, compiled
         self.method = apply_method(workload.fresh_model(name), method, **options)
 
     def __call__(self) -> None:
@@ -109,7 +111,8 @@ class TrainerTurn:
                 data_collator=lambda batch: collate(work.tokenizer, batch),
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train()
+            with compiled_blocks(self.method.model) if self.compiled else nullcontext():
+                trainer.train()
         AcceleratorState._reset_state()  # Trainer sets the precision of the whole process
 
 # %% ../../nbs/experiments/22_turns.ipynb #0000000a
@@ -323,11 +326,8 @@ def compare_predictions(workload: Workload) -> dict[str, int]:
         for one in (workload.config.precision, "bfloat16")
     )
     scores = [
-        [
-            log_likelihood_alone(workload, one)
-            for one in encode_choices(tokenizer, example, task.chat)
-        ]
-        for example in task.test
+        [log_likelihood_alone(workload, one) for one in encode_choices(tokenizer, row, task.chat)]
+        for row in task.test
     ]
     answers = [
         _named_choice(text, example.choices)
@@ -344,7 +344,5 @@ def compare_predictions(workload: Workload) -> dict[str, int]:
 
 def _named_choice(text: str, choices: tuple[str, ...]) -> int | None:
     "The first choice that a text begins with."
-    for index, choice in enumerate(choices):
-        if text.strip().startswith(choice.strip()):
-            return index
-    return None
+    own = (text.strip().startswith(choice.strip()) for choice in choices)
+    return next((index for index, found in enumerate(own) if found), None)

@@ -51,6 +51,9 @@ class TrainConfig:
     # answer is generated, so that a choice is trained on exactly the tokens that are scored.
     end_token: bool | None = True
     precision: str = "auto"  # one of `PRECISIONS`; auto: bfloat16 where it is faster, else float32
+    # Compile the blocks with `torch.compile`. Steps are faster, but the first one takes up to a
+    # minute longer, so that it pays in long trainings.
+    compile: bool = False
     seed: int = 0  # of the order of examples and of dropout
     # Compute activations below the lowest trained layer once for each text, and keep them on the
     # disk until the training ends. "auto": where it is exact and saves time; True: or raise an
@@ -92,6 +95,8 @@ class TrainConfig:
         check_number("cache_limit", self.cache_limit, 0, above=True, error=TrainError)
         check_choice("schedule", self.schedule, SCHEDULES, TrainError)
         check_choice("precision", self.precision, PRECISIONS, TrainError)
+        if type(self.compile) is not bool:
+            raise TrainError(f"compile is True or False, not {self.compile!r}")
         if self.log_with is not None:
             check_choice("tracker log_with", self.log_with, TRACKERS, TrainError)
 

@@ -236,7 +236,7 @@ def fit(
                             }
                             checkpointer.begin_stage(stage * len(plan), finished, record)
                         reuse = training_prefix(method.model, plan, splits, retained, folder)
-                        left_out = work_left_out(method.model, trainer.precision)
+                        left_out = work_left_out(method.model, trainer.precision, config.compile)
                         with reuse as trainer.prefix, left_out:
                             stopped = trainer.run(stop, checkpointer)
                         seconds.update(trainer.progress.seconds)
