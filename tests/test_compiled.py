@@ -8,11 +8,13 @@ from toy import tiny, tokenizer, toy
 
 from steer_nb.core.prefix import replaced_forward
 from steer_nb.core.sites import blocks
+from steer_nb.core.steering import steer
+from steer_nb.experiments.catalog import ScaleError
+from steer_nb.experiments.forecast import plan_training
 from steer_nb.methods.registry import apply_method
-from steer_nb.training import mode
 from steer_nb.training.config import TrainConfig, TrainError
 from steer_nb.training.fit import fit
-from steer_nb.training.mode import compiled_blocks
+from steer_nb.training.mode import check_compilable, compiled_blocks
 
 CONFIG = TrainConfig(lr=1e-2, epochs=2, batch_size=8, precision="float32")
 
@@ -45,7 +47,18 @@ def test_which_blocks_are_compiled():
     assert first._compiled_call_impl is None and second._compiled_call_impl is own
 
 
-def test_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setattr(mode, "is_sharded", lambda model: True)
-    with pytest.raises(TrainError, match="sharded"), compiled_blocks(tiny()):
-        pass
+@pytest.mark.parametrize("what", ["sharded", "checkpointing", "replaced"])
+def test_what_cannot_be_compiled(what):
+    model = tiny()
+    if what == "checkpointing":
+        model.gradient_checkpointing_enable()
+    if what == "replaced":
+        blocks(model)[1].forward = blocks(model)[1].forward
+    with pytest.raises(TrainError, match=what):
+        check_compilable(model, sharded=what == "sharded")
+    if what != "sharded":
+        steer(model)
+        with pytest.raises(TrainError, match="compile=True"):
+            fit(model, tokenizer, toy, replace(CONFIG, compile=True))
+        with pytest.raises(ScaleError, match="compile=True"):
+            plan_training(model, tokenizer, toy, replace(CONFIG, compile=True))

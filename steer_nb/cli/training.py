@@ -139,12 +139,7 @@ def train(
     dtype: Dtype = None,
     quantization: Quantization = None,
     precision: Precision = "auto",
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="Compile the blocks: slower first steps, and faster ones after."
-        ),
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile; for long runs.")] = False,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; 0: after each step.")
     ] = 60.0,

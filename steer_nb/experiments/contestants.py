@@ -83,7 +83,7 @@ CONTESTANTS: dict[str, Contestant] = {
         memory=True,
     ),
     "ours_compiled": Contestant(
-        "the same, blocks compiled",
+        "fit in bfloat16, blocks compiled",
         "training",
         partial(FitTurn, precision="bfloat16", compile=True),
     ),
@@ -122,13 +122,13 @@ CONTESTANTS: dict[str, Contestant] = {
         memory=True,
     ),
     "trainer_lora_half": Contestant(
-        "the same with bf16=True",
+        "Trainer, LoRA with bf16=True",
         "training",
         lambda workload, name: TrainerTurn(workload, name, "lora", half=True, rank=workload.rank),
         memory=True,
     ),
     "trainer_lora_compiled": Contestant(
-        "the same, blocks compiled",
+        "Trainer, LoRA with bf16=True, blocks compiled",
         "training",
         lambda workload, name: TrainerTurn(
             workload, name, "lora", half=True, compiled=True, rank=workload.rank

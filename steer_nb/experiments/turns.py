@@ -80,7 +80,7 @@ class TrainerTurn:
 
     def __init__(
         self, workload: Workload, name: str, method: str, half=False, compiled=False, **options
-    ):
+    ):  # compiled: the blocks
         self.workload, self.half, self.compiled = workload, half or workload.half, compiled
         self.method = apply_method(workload.fresh_model(name), method, **options)
 

@@ -51,8 +51,8 @@ class TrainConfig:
     # answer is generated, so that a choice is trained on exactly the tokens that are scored.
     end_token: bool | None = True
     precision: str = "auto"  # one of `PRECISIONS`; auto: bfloat16 where it is faster, else float32
-    # Compile the blocks with `torch.compile`. Steps are faster, but the first one takes up to a
-    # minute longer, so that it pays in long trainings.
+    # Compile the blocks with `torch.compile`, for long trainings: the first steps wait for it, and
+    # later ones are faster. On a CPU it needs a C++ compiler.
     compile: bool = False
     seed: int = 0  # of the order of examples and of dropout
     # Compute activations below the lowest trained layer once for each text, and keep them on the

@@ -12,6 +12,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,7 +52,12 @@ from steer_nb.training.config import (
 )
 from .distributed import full_state, join_processes, wants_sharding
 from .method import Method, as_method, encode_split, trainable_parameters
-from .mode import training_mode, work_left_out
+from steer_nb.training.mode import (
+    check_compilable,
+    compiled_blocks,
+    training_mode,
+    work_left_out,
+)
 from .plan import Plan, prefix_record, training_prefix, validation_indices
 from .retain import Retained, encode_texts
 from steer_nb.training.run import (
@@ -148,9 +154,10 @@ def fit(
     last ones if there are no validation examples). It stays on the device of Accelerate.
 
     With a folder, rerun the same call to resume a training that was killed: the final parameters
-    are bit-identical to an uninterrupted run. Checkpoints are in `checkpoints/` until the end. The
-    folder gets `run.json` and what was trained: for a method the folder `method/`; for a steered
-    model `steering/`. `load_steering` and `load_method` read them.
+    are bit-identical to an uninterrupted run (with `compile=True` equal to rounding). Checkpoints
+    are in `checkpoints/` until the end. The folder gets `run.json` and what was trained: for a
+    method the folder `method/`; for a steered model `steering/`. `load_steering` and `load_method`
+    read them.
 
     Ctrl-C, "interrupt kernel" and SIGTERM end the training after the current step: `stopped` in
     the record has the signal's name, and the folder has a checkpoint but no results. A signal in
@@ -168,7 +175,8 @@ def fit(
     `on_step` can call the model; in bfloat16 it must not save it: frozen weights are rounded then.
 
     Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
-    folder has files or an unfinished training that differs, or if another process trains there;
+    folder has files or an unfinished training that differs, if another process trains there, or if
+    the model cannot be compiled;
     `OutputError` if the folder cannot be read or written; `TaskError` if an example is longer than
     the model's context."""
     method, folder = as_method(model), check_output(output, overwrite)
@@ -196,6 +204,8 @@ def fit(
     accelerator = start_accelerator(config, folder)
     reset_peak_memory(accelerator.device)
     make_differentiable(method.model)
+    if config.compile:
+        check_compilable(method.model, wants_sharding(accelerator))
     if wants_sharding(accelerator):  # later, the weights cannot be read in one process
         vars(method.model).setdefault("_steer_nb_base", describe_base(method.model))
 
@@ -236,8 +246,9 @@ def fit(
                             }
                             checkpointer.begin_stage(stage * len(plan), finished, record)
                         reuse = training_prefix(method.model, plan, splits, retained, folder)
-                        left_out = work_left_out(method.model, trainer.precision, config.compile)
-                        with reuse as trainer.prefix, left_out:
+                        left_out = work_left_out(method.model, trainer.precision)
+                        compiled = compiled_blocks if config.compile else nullcontext
+                        with reuse as trainer.prefix, left_out, compiled(method.model):
                             stopped = trainer.run(stop, checkpointer)
                         seconds.update(trainer.progress.seconds)
                     trained = full_state(method.model, trainer.parameters)

@@ -178,7 +178,9 @@ class Trainer:
             return  # a skipped step has nothing to report
         validated = self.progress.validation[-1:]
         known = step.evaluate and validated and validated[0]["step"] == step.number
-        with self.autocast():  # for passes of the caller
+        # for passes of the caller, which have other shapes
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with self.autocast(), eager:
             self.report({**made[0], **({"validation_loss": validated[0]["loss"]} if known else {})})
 
     def update(self, step: Step) -> None:
