@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from toy import tiny, tokenizer, toy
 
 from steer_nb.core.prefix import replaced_forward
@@ -47,9 +48,11 @@ def test_which_blocks_are_compiled():
     assert first._compiled_call_impl is None and second._compiled_call_impl is own
 
 
-@pytest.mark.parametrize("what", ["sharded", "checkpointing", "replaced"])
-def test_what_cannot_be_compiled(what):
+@pytest.mark.parametrize("what", ["sharded", "checkpointing", "replaced", "compiler"])
+def test_what_cannot_be_compiled(what, monkeypatch):
     model = tiny()
+    if what == "compiler":
+        monkeypatch.setattr(inductor.cpp, "cxx", ("/nonexistent/g++",))
     if what == "checkpointing":
         model.gradient_checkpointing_enable()
     if what == "replaced":

@@ -139,7 +139,7 @@ def train(
     dtype: Dtype = None,
     quantization: Quantization = None,
     precision: Precision = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile; for long runs.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile: first steps slow.")] = False,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; 0: after each step.")
     ] = 60.0,
