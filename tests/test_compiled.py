@@ -58,7 +58,7 @@ def test_what_cannot_be_compiled(what, monkeypatch):
     if what == "replaced":
         blocks(model)[1].forward = blocks(model)[1].forward
     with pytest.raises(TrainError, match=what):
-        check_compilable(model, sharded=what == "sharded")
+        check_compilable(model, what == "sharded", model.device)
     if what != "sharded":
         steer(model)
         with pytest.raises(TrainError, match="compile=True"):

@@ -139,7 +139,9 @@ def train(
     dtype: Dtype = None,
     quantization: Quantization = None,
     precision: Precision = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile: first steps slow.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks, for long trainings.")
+    ] = False,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; 0: after each step.")
     ] = 60.0,

@@ -46,7 +46,7 @@ def check_here(job: dict) -> dict:
     before = plan_training(method, tokenizer, task, config)
     # In a virtual machine the host provides memory when it is written to for the first time, which
     # can take longer than computing what is written.
-    torch.empty(int(before.peak), dtype=torch.uint8).fill_(1)
+    torch.empty(int(before.peak), dtype=torch.uint8, device=gauge.device).fill_(1)
     gauge.settle()
     run = fit(method, tokenizer, task, config)
     peak = gauge.peak()

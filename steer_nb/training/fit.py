@@ -205,7 +205,7 @@ def fit(
     reset_peak_memory(accelerator.device)
     make_differentiable(method.model)
     if config.compile:
-        check_compilable(method.model, wants_sharding(accelerator))
+        check_compilable(method.model, wants_sharding(accelerator), accelerator.device)
     if wants_sharding(accelerator):  # later, the weights cannot be read in one process
         vars(method.model).setdefault("_steer_nb_base", describe_base(method.model))
 

@@ -72,13 +72,13 @@ def has_compiler(device: torch.device) -> bool:
     return True
 
 
-def check_compilable(model: nn.Module, sharded: bool) -> None:
+def check_compilable(model: nn.Module, sharded: bool, device: torch.device) -> None:
     "Raises `TrainError`, with the reason, for a model whose blocks cannot be compiled for `fit`."
     reasons = {
         "it is sharded over processes": sharded,
         "gradient checkpointing is switched on": bool(checkpointed_modules(model)),
         "the forward of a block was replaced": any("forward" in vars(one) for one in blocks(model)),
-        "no C++ compiler was found": not has_compiler(next(model.parameters()).device),
+        "no C++ compiler was found": not has_compiler(device),
     }
     for reason, holds in reasons.items():
         if holds:
