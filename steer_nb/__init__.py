@@ -33,6 +33,8 @@ _PUBLIC = {
     "theory.oracle": ("logit_divergence", "oracle_divergence", "oracle_shifts", "shifted"),
     "theory.distill": ("OracleFit", "fit_oracle"),
     "theory.profiles": ("error_growth", "shift_profile"),
+    "theory.sequential": ("sequential_shifts",),
+    "theory.visible": ("visible_shares",),
     "convert.bias": ("to_bias",),
     "convert.lora": ("Lora", "from_lora", "to_lora"),
     "convert.gguf": ("to_control_vector", "to_gguf_lora"),

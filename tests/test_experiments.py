@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from steer_nb.data.examples import choice_example
 from steer_nb.data.records import Task
-from steer_nb.experiments import claims, grid, runner, statistics, testbed
+from steer_nb.experiments import claims, gate, grid, intervals, runner, statistics, testbed
 from steer_nb.experiments.grid import run_grid
 from steer_nb.experiments.jobs import Arm, Experiment, Job, plan
 from steer_nb.experiments.presets import preset
@@ -483,7 +483,7 @@ def coverage(seeds: int, spread: float, experiments: int) -> float:
         difficulty = 0.1 + 0.8 * chance.beta(1.5, 0.5, 300)[None]
         rates = difficulty + chance.normal(0, spread, (seeds, 1))
         right = (chance.random((seeds, 300)) < rates).astype(float)
-        low, high = statistics.percentile_interval(statistics.bootstrap_draws(right, number))
+        low, high = intervals.percentile_interval(intervals.bootstrap_draws(right, number))
         hits += low <= 0.7 <= high
     return hits / experiments
 
@@ -522,37 +522,130 @@ def test_a_claim_is_settled_on_the_pairs_that_exist(monkeypatch):
 
 def test_trivial_rules_answer_from_the_prompt_or_the_most_frequent_answer():
     digits = [f" {digit}" for digit in range(10)]
-    prompts = {"[MAX 3 7 ] =": 7, "[MIN 7 2 ] =": 7, "[FIRST 4 1 9 ] =": 4, "no digit": 0}
+    prompts = {"[MAX 3 7 ] =": 7, "[MIN 7 2 7 ] =": 7, "[LAST 4 [MIN 1 9 ] ] =": 1, "no digit": 0}
     test = tuple(
         replace(choice_example(prompt, digits, answer), id=str(answer) + prompt)
         for prompt, answer in prompts.items()
     )
-    found = claims.trivial_rules(Task("toy", "choice", (), (), test, "generated", ""))
+    found = gate.trivial_rules(Task("toy", "choice", (), (), test, "generated", ""))
     assert {rule: right.tolist() for rule, right in found.items()} == {
-        "most frequent answer": [1, 1, 0, 0],
-        "first digit": [0, 1, 1, 0],
-        "last digit": [1, 0, 0, 0],
+        "majority": [1, 1, 0, 0],
+        "first": [0, 1, 0, 0],
+        "last": [1, 1, 0, 0],
+        "most frequent token": [0, 1, 1, 0],  # ties: the first choice
+        "copy": [0, 0, 1, 1],  # 3, 2, 1, and 0 where no choice occurs
+        "outer operator, flat": [1, 0, 0, 0],
     }
 
 
-@pytest.mark.parametrize("accuracy, testable", [(0.60, True), (0.56, False), (0.4, False)])
-def test_a_task_is_testable_if_full_fine_tuning_beats_the_best_rule_clearly(
-    monkeypatch, accuracy, testable
+def gated_records(right, best_step, experiment):
+    "Tests of full fine-tuning, and of the model without training, which is never right."
+    specs = [experiment.spec("tiny-llama", "listops", "full", 1e-3, seed) for seed in (0, 1)]
+    runs = [
+        {"kind": "run", "id": spec.id, "status": "done", "accuracy": 0.5, "loss": 1.0}
+        | {"steps": 3, "best_step": best_step}
+        for spec in specs
+    ]
+    untuned = experiment.spec("tiny-llama", "listops", "zero_shot", None, 0)
+    digits = "".join(str(int(one)) for one in right)
+    tests = [
+        {"kind": "test", "id": spec.id, "status": "done", "spec": asdict(spec), "correct": digits}
+        for spec in specs
+    ]
+    wrong = {**tests[0], "id": untuned.id, "spec": asdict(untuned), "correct": "0" * len(right)}
+    return [*runs, *tests, wrong]
+
+
+@pytest.mark.parametrize(
+    "accuracy, best_step, passed",
+    [(0.75, 2, True), (0.75, 3, False), (0.68, 2, False), (0.3, 2, False)],
+)
+def test_a_task_passes_the_gate_if_full_fine_tuning_beats_the_best_rule_and_has_converged(
+    monkeypatch, accuracy, best_step, passed
 ):
-    "The rule has 0.5 of 1,000 examples; 0.06 are above 0.05, but not with their whole interval."
-    right = (np.arange(1000) % 2).astype(float)
-    full = np.where(np.arange(1000) < (accuracy - 0.5) * 2000, 1.0, right)
+    "The best rule has 0.5 of 1,000 examples; 0.68 is above it beyond any doubt, but not by 0.2."
+    rule = (np.arange(1000) % 2).astype(float)
+    right = rule.copy()
+    right[np.flatnonzero(rule == 0)[: round((accuracy - 0.5) * 1000)]] = 1
     if accuracy < 0.5:
-        full = np.where(np.arange(1000) < 200, 0.0, right)
-    digits = "".join(str(int(one)) for one in full)
-    monkeypatch.setattr(claims, "_best_rule", lambda arguments: right)
-    found = [{"correct": digits}] * len(GRID.seeds)
-    monkeypatch.setattr(claims, "test_records", lambda *_: (None, found))
-    experiment = replace(GRID, arms={"full": Arm("full", (1e-3,))})
-    assert claims.is_testable(experiment, [], "tiny-llama", "listops") == testable
-    assert claims.is_testable(GRID, [], "tiny-llama", "listops")  # no full fine-tuning: not judged
-    found.pop()
-    assert claims.is_testable(experiment, [], "tiny-llama", "listops")  # runs are missing
+        right[:400] = 0
+    monkeypatch.setattr(gate, "_rules", lambda arguments: {"odd": rule, "none": 0 * rule})
+    experiment = replace(GRID, arms={"full": Arm("full", (1e-3,))}, gated=True)
+    records = gated_records(right, best_step, experiment)
+    found = gate.gate_record(experiment, records, "tiny-llama", "listops")
+    assert (found["passed"], found["best"]) == (passed, "odd")
+    assert found["rules"] == {"odd": 0.5, "none": 0.0, "untuned": 0.0}
+    assert found["full"] == pytest.approx(right.mean()) and found["last"] == (best_step == 3)
+    assert gate.gate_record(experiment, records[:-1], "tiny-llama", "listops") is None
+    assert gate.gate_record(experiment, records[1:], "tiny-llama", "listops") is None
+    with pytest.raises(ExperimentError, match="add the method 'full'"):
+        replace(GRID, gated=True)
+
+
+def test_tasks_that_do_not_pass_the_gate_are_left_out_of_a_comparison(monkeypatch):
+    "On the first task the first method is better, on the second, which does not count, worse."
+    arms = {"full": Arm("full", (1e-3,)), "linear": GRID.arms["linear"]}
+    two = replace(GRID, arms=arms, tasks={"first": TASK, "second": {**TASK, "length": 7}})
+    passed = {"first": True, "second": False}
+
+    def made_up(experiment, records, model, task, arm):
+        digits = "1" * 30 + "0" * 10 if (task == "first") == (arm == "linear") else "0" * 40
+        return None, [{"correct": digits} for seed in experiment.seeds]
+
+    monkeypatch.setattr(claims, "test_records", made_up)
+    monkeypatch.setattr(
+        claims, "gate_of", lambda experiment, records, model, task: {"passed": passed[task]}
+    )
+    found = claims.settle("", two, "no such folder", ["linear"], ["full"])
+    assert (found.word, found.difference, found.pairs) == ("reproduced", 0.75, 1)
+    passed["first"] = False
+    found = claims.settle("", two, "no such folder", ["linear"], ["full"])
+    assert (found.word, found.difference, found.pairs) == (claims.NOT_TESTABLE, 0.0, 2)
+
+
+def test_the_recovered_share_compares_the_same_seeds(monkeypatch):
+    "The method has the seeds 1 and 2 of three; full fine-tuning is at its worst with seed 0."
+    right = {"zero_shot": [20], "full": [40, 60, 80], "linear": [None, 40, 60]}
+    experiment = replace(GRID, arms={"full": Arm("full", (1e-3,)), "linear": GRID.arms["linear"]})
+
+    def made_up(experiment, records, model, task, arm):
+        return None, [
+            {
+                "correct": "1" * count + "0" * (100 - count),
+                "spec": {"seed": seed, "method": arm},
+            }
+            for seed, count in enumerate(right[arm])
+            if count is not None
+        ]
+
+    monkeypatch.setattr(statistics, "test_records", made_up)
+    tests = made_up(experiment, [], "m", "t", "linear")[1]
+    found = statistics._recovered(experiment, [], "m", "t", tests)
+    assert found["recovered"] == pytest.approx((50 - 20) / (70 - 20))
+
+
+def test_a_gated_grid_trains_other_methods_only_where_the_gate_is_passed(tmp_path, monkeypatch):
+    "A random model cannot pass; with a gate that is always passed, the other method runs too."
+    arms = {"linear": GRID.arms["linear"], "full": Arm("full", (1e-3,))}
+    small = replace(GRID, arms=arms, sweep_seeds=(0,), seeds=(0,), gated=True)
+    said = []
+    run_grid(small, tmp_path / "stopped", say=said.append)
+    records = Store(tmp_path / "stopped").records()
+    assert {one["spec"]["method"] for one in records if "spec" in one} == {"zero_shot", "full"}
+    [kept] = [one for one in records if one["kind"] == "gate"]
+    assert not kept["passed"] and set(kept["rules"]) >= {"majority", "first", "last", "untuned"}
+    assert plan(small, records) == [] and sum("gate of" in line for line in said) == 1
+    settled = claims.settle("a", small, tmp_path / "stopped", ["full"], ["full"])
+    assert settled.word == claims.NOT_TESTABLE
+
+    monkeypatch.setattr(grid, "gate_record", lambda *_: {**kept, "passed": True})
+    run_grid(small, tmp_path / "whole", say=None)
+    methods = [
+        one["spec"]["method"] for one in Store(tmp_path / "whole").records() if "spec" in one
+    ]
+    assert methods.index("post_block_linear") > max(
+        place for place, name in enumerate(methods) if name == "full"
+    )
 
 
 def test_costs_are_measured_once_and_shown(whole, tmp_path, monkeypatch):
@@ -609,12 +702,16 @@ def test_side_effects_are_in_test_records_and_can_be_added_to_earlier_ones(whole
 # The testbed
 
 
-def test_the_committed_runs_started_from_the_model_in_the_package():
+@pytest.mark.parametrize(
+    "base, stores",
+    [("listops-llama", ("listops", "listops-ranks")), ("listops-0.9m", ("location",))],
+)
+def test_the_committed_runs_started_from_the_model_in_the_package(base, stores):
     "The digest of its file is the revision in every record."
-    file = Path(testbed.__file__).parent / "listops_llama.safetensors"
+    file = Path(testbed.__file__).parent / testbed.testbed_file(base)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert testbed.load_testbed("listops-llama")[0].config._commit_hash == digest
-    for name in ("listops", "listops-ranks"):
+    assert testbed.load_testbed(base)[0].config._commit_hash == digest
+    for name in stores:
         runs = records_of(Store(STORES / name).records(), "run").values()
         assert {run["revision"] for run in runs if run["status"] == "done"} == {digest}
 
@@ -622,13 +719,13 @@ def test_the_committed_runs_started_from_the_model_in_the_package():
 def test_the_testbed_can_be_trained_and_has_the_shape_of_the_one_in_the_package(
     tmp_path, monkeypatch
 ):
-    base = testbed.TESTBED_BASE
+    base = testbed.TESTBED_BASES["listops-0.9m"]
     short = {
         "task": {**base["task"], "n_train": 256, "n_validation": 20, "n_test": 1},
         "training": {**base["training"], "max_steps": 3},
     }
-    monkeypatch.setattr(testbed, "TESTBED_BASE", short)
-    testbed.train_testbed(tmp_path / "base.safetensors")
+    monkeypatch.setitem(testbed.TESTBED_BASES, "listops-0.9m", short)
+    testbed.train_testbed("listops-0.9m", tmp_path / "base.safetensors")
     package = Path(testbed.__file__).parent
     made, kept = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(path).items()}

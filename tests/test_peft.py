@@ -204,7 +204,9 @@ def test_an_unpickled_model_follows_peft(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     done = children.run(merge_what_was_pickled, str(tmp_path / "model.pt"))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) < 1e-5
+    assert (
+        float(done.stdout.splitlines()[-1]) < 1e-4
+    )  # logits in float32: rounding differs by processor
 
 
 def test_modules_to_save_and_steerings():

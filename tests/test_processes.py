@@ -130,13 +130,15 @@ def tensors(folder):
 
 
 def check_equal(folder, said, other_folder, other):
-    "Losses to rounding; parameters to 1e-6, because AdamW divides rounding errors by their size."
+    """Parameters to 1e-6, because AdamW divides rounding errors by their size, and losses to 1e-7.
+
+    Losses follow the parameters: after six steps they differ by 1e-9 to 2e-8, by processor."""
     mine, others = tensors(folder), tensors(other_folder)
     assert mine.keys() == others.keys()
     assert max(float((mine[name] - others[name]).abs().max()) for name in mine) < 1e-6
     for name in ("curve", "validation"):
         pairs = zip(said[name], other[name], strict=True)
-        assert all(abs(a["loss"] - b["loss"]) < 1e-9 for a, b in pairs), name
+        assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-7, name
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +242,7 @@ def test_two_processes_retain_the_same_texts(tmp_path, method, fsdp):
     said, _ = run_to_end(2, tmp_path / "two", method, fsdp, retain=TEXTS)
     check_equal(tmp_path / "two", said, tmp_path / "one", expected)
     pairs = zip(said["curve"], expected["curve"], strict=True)
-    assert all(abs(a["kl"] - b["kl"]) < 1e-9 for a, b in pairs)
+    assert all(abs(a["kl"] - b["kl"]) < 1e-7 for a, b in pairs)
     assert expected["curve"][-1]["kl"] > 1e-6
 
 

@@ -44,7 +44,8 @@ def experiment(
         ),
     ],
     preset: Annotated[
-        str | None, typer.Option(help="smoke, listops, listops-ranks, small, small-cpu or paper.")
+        str | None,
+        typer.Option(help="smoke, listops, listops-ranks, location, small, small-cpu or paper."),
     ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Folder of the runs.  [default: runs/NAME]")

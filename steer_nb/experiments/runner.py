@@ -26,9 +26,10 @@ from ..data.tasks import load_task
 from ..data.wheels import AssetError
 from ..evaluation.result import Result, evaluate
 from ..evaluation.side_effects import side_effects
+from .intervals import packed
 from .jobs import Job
 from .store import ExperimentError, Spec, Store, canonical_json, task_of
-from .testbed import TESTBED_BASE, TESTBED_SIZES, load_testbed
+from .testbed import TESTBED_BASES, TESTBED_SIZES, load_testbed
 from ..methods.registry import apply_method, load_method
 from ..training.config import METHOD_FOLDER, OutputError, TrainConfig
 from ..training.fit import fit
@@ -117,7 +118,8 @@ def unrelated_texts(model: str, task: str | None) -> tuple[Sequence[str | Exampl
     "Texts that are not of this task, the same for all its runs, and how many tokens continue them."
     if model in TESTBED_SIZES:
         sizes = {"n_train": 1, "n_validation": 1, "n_test": UNRELATED["testbed"]}
-        return load_task(**{**TESTBED_BASE["task"], **sizes}).test, 1
+        base = model if model in TESTBED_BASES else "listops-llama"
+        return load_task(**{**TESTBED_BASES[base]["task"], **sizes}).test, 1
     other = load_task("rte" if task == "boolq" else "boolq", n_test=UNRELATED["passages"])
     return [example.prompt.split("\nQuestion:")[0] for example in other.test], 16
 
@@ -136,9 +138,9 @@ def unrelated_effects(method: Method, tokenizer, spec: Spec) -> dict:
     }
 
 # %% ../../nbs/experiments/13_runner.ipynb #b07c80f8
-def _correct_digits(result: Result) -> str:
-    "1 for a correct answer and 0 for a wrong one, in the order of the examples."
-    return "".join("1" if record["correct"] else "0" for record in result.predictions)
+def _correct(result: Result) -> str:
+    "Which examples were answered correctly, in their order."
+    return packed([record["correct"] for record in result.predictions])
 
 
 def _run(store: Store, spec: Spec, batch_size: int) -> dict:
@@ -182,7 +184,7 @@ def _test(store: Store, spec: Spec, batch_size: int) -> dict:
     record = changed | {
         "accuracy": result.accuracy,
         "n": result.n,
-        "correct": _correct_digits(result),
+        "correct": _correct(result),
         "task": result.fingerprint,
         "note": result.note,
         "seconds": seconds,
@@ -191,7 +193,7 @@ def _test(store: Store, spec: Spec, batch_size: int) -> dict:
     for part in parts:
         with method.only(part):
             alone = evaluate(method, tokenizer, run_task(spec), "test", batch_size)
-            digits[part] = _correct_digits(alone)
+            digits[part] = _correct(alone)
     return record | ({"parts": digits} if digits else {})
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JVP', 'FINITE', 'FIVE_POINTS', 'layers_of_parameters', 'update_of_layers', 'moved_parameters', 'forward_mode_inputs',
-           'directional_derivative', 'step_size', 'StopForward', 'run_held_blocks']
+           'directional_derivative', 'lacks_forward_mode', 'step_size', 'StopForward', 'run_held_blocks']
 
 # %% ../../nbs/theory/02_forward_mode.ipynb #00000002
 import math
@@ -136,7 +136,7 @@ def directional_derivative(
                 for key, (primal, tangent) in pairs.items()
             }, JVP
     except (NotImplementedError, RuntimeError) as error:
-        if not _lacks_forward_mode(error):
+        if not lacks_forward_mode(error):
             raise
         why = " ".join(str(error).split())[:120]
     missing = f"an operation of this model has no forward-mode derivative ({why})"
@@ -154,7 +154,7 @@ def directional_derivative(
     return total, FINITE
 
 
-def _lacks_forward_mode(error: Exception) -> bool:
+def lacks_forward_mode(error: Exception) -> bool:
     "Whether the error is that an operation has no forward-mode rule."
     words = ("forward ad", "forward mode", "forward-mode", "jvp")
     text = str(error).lower()
