@@ -193,6 +193,22 @@ def test_the_momentum_is_projected_with_the_steering_unless_it_is_switched_off(m
     assert (max(value for _, value in seen) < 1e-6) == momentum
 
 
+def test_random_directions_are_removed_as_a_control():
+    """What D reads of a random space of LoRA's rank is removed; it still reads what LoRA writes.
+
+    Its 32 trained rows span all that it may read, so the rank of D counts what was removed."""
+    config = JointConfig(rank=32, weight_rank=3, directions="random")
+    method, _ = train(config)
+    other = train(JointConfig(rank=32, weight_rank=3))[0]
+    for layer in method.bases():
+        for one, written in ((method, False), (other, True)):
+            reading = one.reading(layer).detach().double()
+            values = torch.linalg.svdvals(reading)
+            assert int((values > 1e-6 * values[0]).sum()) == reading.shape[1] - 3
+            overlap = (reading @ one.bases()[layer].double()).norm() / reading.norm()
+            assert (overlap < 1e-6) == written
+
+
 @pytest.mark.parametrize(
     "options, due",
     [

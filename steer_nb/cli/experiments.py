@@ -45,7 +45,9 @@ def experiment(
     ],
     preset: Annotated[
         str | None,
-        typer.Option(help="smoke, listops, listops-ranks, location, small, small-cpu or paper."),
+        typer.Option(
+            help="smoke, listops, listops-ranks, location, methods, small, small-cpu or paper."
+        ),
     ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Folder of the runs.  [default: runs/NAME]")

@@ -91,6 +91,26 @@ def _placed(layers: dict[str, list[int] | None], rates: Sequence[float]) -> dict
 # In the order in which they run: the top layer, then its neighbour, then all.
 _SETS = {"3": [3], "2": [2], "all": None, "0": [0], "1": [1], "1 and 2": [1, 2]}
 
+_OUR_FULL = (3e-4, 1e-3, 3e-3)
+_OUR_WEIGHTS, _OUR_SHIFTS = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+_IN_TURN = {  # in the order in which they run: pairs of a claim one after the other
+    "lora": Arm("lora", _OUR_WEIGHTS),
+    **{
+        name: Arm(name, _OUR_SHIFTS)
+        for name in ("post_block_linear", "joint", "post_block_nonlinear", "loreft")
+    },
+    "joint_never": Arm("joint", _OUR_SHIFTS, {"project": "never"}),
+    "post_block_vector": Arm("post_block_vector", _OUR_SHIFTS),
+    "lofit_all": Arm("lofit", _OUR_SHIFTS, {"n_heads": 16}),
+    "post_block_linear_rank1": Arm("post_block_linear", _OUR_SHIFTS, {"rank": 1}),
+    "jola": Arm("jola", _OUR_SHIFTS),
+    "lora_rank1": Arm("lora", _OUR_WEIGHTS, {"rank": 1}),
+    "lora_rank9": Arm("lora", _OUR_WEIGHTS, {"rank": 9}),
+    "post_block_linear_rank88": Arm("post_block_linear", _OUR_SHIFTS, {"rank": 88}),
+    "joint_random": Arm("joint", _OUR_SHIFTS, {"directions": "random"}),
+    **{name: Arm(name, _OUR_SHIFTS) for name in ("mlp_linear", "attn_linear", "loreft_block")},
+    "dora": Arm("dora", _OUR_WEIGHTS),
+}
 
 _HUB_TASKS = ("boolq", "winogrande", "arc_challenge", "gsm8k", "aqua")
 
@@ -119,14 +139,15 @@ _LOCATION = Experiment(
     ("listops-0.9m",),
     {"min, max, med": _NESTED},
     {
-        "full": Arm("full", (3e-4, 1e-3, 3e-3)),
-        **_placed(_SETS, (3e-3, 1e-2, 3e-2)),
+        "full": Arm("full", _OUR_FULL),
+        **_placed(_SETS, _OUR_SHIFTS),
     },
     {"batch_size": 64, "max_steps": 1300, "epochs": 11, "evaluations_per_epoch": 2},
     seeds=tuple(range(10)),
     batch_size=256,
     gated=True,
 )
+_METHODS = replace(_LOCATION, name="methods", arms={"full": Arm("full", _OUR_FULL), **_IN_TURN})
 _SMALL = Experiment(
     "small",
     ("smollm2-135m", "gemma3-270m"),
@@ -174,7 +195,17 @@ _RANKS = replace(
     _TESTBED, name="listops-ranks", arms=_rank_arms(), sweep_seeds=(0,), seeds=(0, 1, 2)
 )
 PRESETS: dict[str, Experiment] = {
-    one.name: one for one in (_SMOKE_TEST, _TESTBED, _RANKS, _LOCATION, _SMALL, _SMALL_CPU, _PAPER)
+    one.name: one
+    for one in (
+        _SMOKE_TEST,
+        _TESTBED,
+        _RANKS,
+        _LOCATION,
+        _METHODS,
+        _SMALL,
+        _SMALL_CPU,
+        _PAPER,
+    )
 }
 
 
