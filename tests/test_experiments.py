@@ -704,7 +704,7 @@ def test_side_effects_are_in_test_records_and_can_be_added_to_earlier_ones(whole
 
 @pytest.mark.parametrize(
     "base, stores",
-    [("listops-llama", ("listops", "listops-ranks")), ("listops-0.9m", ("location",))],
+    [("listops-llama", ("listops", "listops-ranks")), ("listops-0.9m", ("testbed",))],
 )
 def test_the_committed_runs_started_from_the_model_in_the_package(base, stores):
     "The digest of its file is the revision in every record."

@@ -46,7 +46,8 @@ def experiment(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="smoke, listops, listops-ranks, location, methods, small, small-cpu or paper."
+            help="smoke, listops, listops-ranks, location, methods, location-real, small, "
+            "small-cpu or paper."
         ),
     ] = None,
     store: Annotated[

@@ -188,6 +188,7 @@ CLAIMS = (
         ("jola",),
     ),
     Claim("C3", "post-block linear beats LoRA, with fewer parameters", _LINEAR, ("lora",)),
+    Claim("C3", "post-block linear beats LoRA of rank 1", _LINEAR, ("lora_rank1",)),
     Claim(
         "C4",
         "linear does better than nonlinear on small models",
@@ -242,6 +243,20 @@ CLAIMS = (
     ),
     Claim("C8", "joint training beats LoRA alone", _JOINT, ("lora",)),
     Claim("C8", "joint training beats post-block linear alone", _JOINT, _LINEAR),
+    Claim("C8", "joint training beats LoRA of its size", _JOINT, ("lora_rank9",)),
+    Claim(
+        "C8",
+        "joint training beats a linear shift of its size",
+        _JOINT,
+        ("post_block_linear_rank88",),
+    ),
+    Claim("C8", "joint training is better with the projection", _JOINT, ("joint_never",)),
+    Claim(
+        "C8",
+        "joint training is better than with random directions removed",
+        _JOINT,
+        ("joint_random",),
+    ),
 )
 
 # %% ../../nbs/experiments/17_claims.ipynb #8e9a7d9e

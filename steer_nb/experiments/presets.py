@@ -76,6 +76,16 @@ _NESTED = {  # about half of these are answered by the outer operator, applied t
     "n_validation": 1000,
     "n_test": 5000,
 }
+_SHORT = {
+    "name": "listops",
+    "length": 8,
+    "depth": 1,
+    "max_args": 5,
+    "operators": ("FIRST", "LAST", "MAX", "MED", "MIN"),
+    "n_train": 1000,
+    "n_validation": 300,
+    "n_test": 2000,
+}
 _SITES = {"block": "post_block_linear", "mlp": "mlp_linear", "attn": "attn_linear"}
 
 
@@ -90,6 +100,15 @@ def _placed(layers: dict[str, list[int] | None], rates: Sequence[float]) -> dict
 
 # In the order in which they run: the top layer, then its neighbour, then all.
 _SETS = {"3": [3], "2": [2], "all": None, "0": [0], "1": [1], "1 and 2": [1, 2]}
+_REAL_SETS = {
+    "24": [24],
+    "15": [15],
+    "6": [6],
+    "all": None,
+    "two": [10, 20],
+    "quarter": list(range(3, 30, 4)),
+    "half": list(range(1, 30, 2)),
+}
 
 _OUR_FULL = (3e-4, 1e-3, 3e-3)
 _OUR_WEIGHTS, _OUR_SHIFTS = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
@@ -147,6 +166,15 @@ _LOCATION = Experiment(
     batch_size=256,
     gated=True,
 )
+_LOCATION_REAL = Experiment(
+    "location-real",
+    ("smollm2-135m",),
+    {"short listops": _SHORT},
+    {"full": Arm("full", (3e-5, 1e-4, 3e-4)), **_placed(_REAL_SETS, (1e-3, 3e-3, 1e-2))},
+    {"batch_size": 16, "epochs": 3, "evaluations_per_epoch": 2},
+    seeds=tuple(range(5)),
+    gated=True,
+)
 _METHODS = replace(_LOCATION, name="methods", arms={"full": Arm("full", _OUR_FULL), **_IN_TURN})
 _SMALL = Experiment(
     "small",
@@ -202,6 +230,7 @@ PRESETS: dict[str, Experiment] = {
         _RANKS,
         _LOCATION,
         _METHODS,
+        _LOCATION_REAL,
         _SMALL,
         _SMALL_CPU,
         _PAPER,
