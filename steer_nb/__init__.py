@@ -64,7 +64,8 @@ _PUBLIC = {
     "experiments.store": ("Spec", "Store"),
     "experiments.jobs": ("Experiment",),
     "experiments.grid": ("run_grid",),
-    "experiments.presets": ("PRESETS", "dry_run"),
+    "experiments.dry_run": ("dry_run",),
+    "experiments.presets": ("PRESETS",),
     "explore.plots": (
         "plot_accuracy",
         "plot_bench",
