@@ -126,9 +126,8 @@ def experiment(
 
 def _show_dry_run(grid) -> None:
     "Print every run of an experiment with its estimated cost."
-    from steer_nb.experiments.dry_run import dry_run
-
     from steer_nb.experiments.catalog import UTILISATION
+    from steer_nb.experiments.dry_run import dry_run
 
     cost = dry_run(grid)
     shown = {
