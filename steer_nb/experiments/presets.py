@@ -9,8 +9,6 @@ __all__ = ['FULL', 'WEIGHTS', 'SHIFTS', 'HUB_TASKS', 'PRESETS', 'preset']
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import pandas as pd
-
 from ..core.errors import check_choice
 from .jobs import Arm, Experiment
 from .store import ExperimentError

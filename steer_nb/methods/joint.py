@@ -73,7 +73,7 @@ class JointConfig:
     kind: str = "linear"  # of the steering after each block: linear or nonlinear
     rank: int = 8  # of the steering
     project: str = "steps"  # when to project: one of `PROJECTIONS`
-    directions: str = "written"  # onto what D is not to read: that LoRA writes, or "random" ones
+    directions: str = "written"  # what is removed from D: what LoRA writes, or "random" directions
     every: int = 1  # of "steps": every so many steps; of "once": after this step
     penalty: float = 1.0  # of "penalty": the weight in the loss of ‖D V‖², summed over blocks
     momentum: bool = True  # whether the optimizer's momentum is projected as well
