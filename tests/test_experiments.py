@@ -596,10 +596,11 @@ def test_tasks_that_do_not_pass_the_gate_are_left_out_of_a_comparison(monkeypatc
     monkeypatch.setattr(
         claims, "gate_of", lambda experiment, records, model, task: {"passed": passed[task]}
     )
-    found = claims.settle("", two, "no such folder", ["linear"], ["full"])
+    better = claims.Claim("", "", ("linear",), ("full",))
+    found = better.settle(two, "no such folder")
     assert (found.word, found.difference, found.pairs) == ("reproduced", 0.75, 1)
     passed["first"] = False
-    found = claims.settle("", two, "no such folder", ["linear"], ["full"])
+    found = better.settle(two, "no such folder")
     assert (found.word, found.difference, found.pairs) == (claims.NOT_TESTABLE, 0.0, 2)
 
 
@@ -635,7 +636,7 @@ def test_a_gated_grid_trains_other_methods_only_where_the_gate_is_passed(tmp_pat
     [kept] = [one for one in records if one["kind"] == "gate"]
     assert not kept["passed"] and set(kept["rules"]) >= {"majority", "first", "last", "untuned"}
     assert plan(small, records) == [] and sum("gate of" in line for line in said) == 1
-    settled = claims.settle("a", small, tmp_path / "stopped", ["full"], ["full"])
+    settled = claims.Claim("", "a", ("full",), ("full",)).settle(small, tmp_path / "stopped")
     assert settled.word == claims.NOT_TESTABLE
 
     monkeypatch.setattr(grid, "gate_record", lambda *_: {**kept, "passed": True})

@@ -39,7 +39,9 @@ def correct_matrix(records: Sequence[dict]) -> np.ndarray:
 def bootstrap_draws(values: np.ndarray, seed: int = 0) -> np.ndarray:
     "Draws of the mean of `values`, (seeds, n): (DRAWS,)."
     chance, (seeds, n) = np.random.default_rng(seed), values.shape
-    draws = chance.multinomial(n, np.full(n, 1 / n), DRAWS) / n @ values.mean(0)
+    # how often each distinct value is drawn: a mean of zeros and ones has few
+    distinct, counts = np.unique(values.mean(0).round(12), return_counts=True)
+    draws = chance.multinomial(n, counts / n, DRAWS) / n @ distinct
     if seeds == 1:
         return draws
     by_seed, by_example = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
