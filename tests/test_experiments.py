@@ -315,7 +315,7 @@ def test_a_full_disk_leaves_the_store_readable(tmp_path, room):
 
 def test_ids_are_the_same_in_every_process():
     "Those of the committed records were computed by other processes on other machines."
-    for folder in ("listops", "listops-ranks", "small-cpu"):
+    for folder in ("testbed", "small-cpu"):
         records = [record for record in Store(STORES / folder).records() if "spec" in record]
         assert len(records) > 100
         assert all(Spec(**record["spec"]).id == record["id"] for record in records)
@@ -703,18 +703,13 @@ def test_side_effects_are_in_test_records_and_can_be_added_to_earlier_ones(whole
 # The testbed
 
 
-@pytest.mark.parametrize(
-    "base, stores",
-    [("listops-llama", ("listops", "listops-ranks")), ("listops-0.9m", ("testbed",))],
-)
-def test_the_committed_runs_started_from_the_model_in_the_package(base, stores):
+def test_the_committed_runs_started_from_the_model_in_the_package():
     "The digest of its file is the revision in every record."
-    file = Path(testbed.__file__).parent / testbed.testbed_file(base)
+    file = Path(testbed.__file__).parent / testbed.testbed_file("listops-0.9m")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert testbed.load_testbed(base)[0].config._commit_hash == digest
-    for name in stores:
-        runs = records_of(Store(STORES / name).records(), "run").values()
-        assert {run["revision"] for run in runs if run["status"] == "done"} == {digest}
+    assert testbed.load_testbed("listops-0.9m")[0].config._commit_hash == digest
+    runs = records_of(Store(STORES / "testbed").records(), "run").values()
+    assert {run["revision"] for run in runs if run["status"] == "done"} == {digest}
 
 
 def test_the_testbed_can_be_trained_and_has_the_shape_of_the_one_in_the_package(
@@ -730,7 +725,7 @@ def test_the_testbed_can_be_trained_and_has_the_shape_of_the_one_in_the_package(
     package = Path(testbed.__file__).parent
     made, kept = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(path).items()}
-        for path in (tmp_path / "base.safetensors", package / "listops_llama.safetensors")
+        for path in (tmp_path / "base.safetensors", package / "listops_0.9m.safetensors")
     )
     assert made == kept
 

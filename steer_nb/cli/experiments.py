@@ -46,8 +46,7 @@ def experiment(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="smoke, listops, listops-ranks, location, methods, location-real, small, "
-            "small-cpu or paper."
+            help="smoke, location, methods, longer, location-real, small, small-cpu or paper."
         ),
     ] = None,
     store: Annotated[
