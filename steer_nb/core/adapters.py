@@ -120,8 +120,9 @@ class Linear(Adapter):
 
     @torch.no_grad()
     def set_affine(self, up, down, constant=None):
-        """Write the map with rows of D that are orthogonal, and as long as those of a random start
-        are on average, so that training continues from it as from a random start.
+        """Write the map from its singular values: the rows of D are orthogonal, and each has the
+        length of its column of U, or that of a random start on average if that is longer. So one
+        learning rate suits both matrices, and training can continue from the map.
 
         A map of lower rank leaves the other rows of D unchanged; the other columns of U are zero.
         Raises `AdapterError` for a higher rank, or for a constant where there is no bias."""
@@ -131,11 +132,13 @@ class Linear(Adapter):
             raise AdapterError(f"a map of rank {rank} does not fit an adapter of rank {most}")
         if self.bias is None and constant is not None and constant.any():
             raise AdapterError("the map has a constant, and this adapter no bias: pass bias=True")
-        left, values, right = torch.linalg.svd(down, full_matrices=False)
-        length = 3**-0.5  # uniform numbers in ±1/√width have a mean square of 1/(3 width)
+        basis, triangle = torch.linalg.qr(up)
+        left, values, right = torch.linalg.svd(triangle @ down, full_matrices=False)
+        # uniform numbers in ±1/√width have a mean square of 1/(3 width)
+        length, rank = values.sqrt().clamp(min=3**-0.5), values.shape[-1]
         self.up.zero_()
-        self.up[..., :rank] = (up @ left * (values / length)[..., None, :]).to(self.up)
-        self.down[..., :rank, :] = (right * length).to(self.down)
+        self.up[..., :rank] = (basis @ left * (values / length)[..., None, :]).to(self.up)
+        self.down[..., :rank, :] = (right * length[..., None]).to(self.down)
         if self.bias is not None:
             self.bias.copy_(torch.zeros(self.shape) if constant is None else constant)
 
