@@ -78,10 +78,10 @@ _IN_TURN = {  # in the order in which they run: pairs of a claim one after the o
         for name in ("post_block_linear", "joint", "post_block_nonlinear", "loreft")
     },
     "joint_never": Arm("joint", _SHIFTS, {"project": "never"}),
-    "post_block_vector": Arm("post_block_vector", _SHIFTS),
-    "lofit_all": Arm("lofit", _SHIFTS, {"n_heads": 16}),
     "post_block_linear_rank1": Arm("post_block_linear", _SHIFTS, {"rank": 1}),
     "jola": Arm("jola", _SHIFTS),
+    "post_block_vector": Arm("post_block_vector", _SHIFTS),
+    "lofit_all": Arm("lofit", _SHIFTS, {"n_heads": 16}),
     "lora_rank1": Arm("lora", _WEIGHTS, {"rank": 1}),
     "lora_rank9": Arm("lora", _WEIGHTS, {"rank": 9}),
     "post_block_linear_rank88": Arm("post_block_linear", _SHIFTS, {"rank": 88}),
@@ -124,7 +124,12 @@ _LOCATION_REAL = Experiment(
     seeds=tuple(range(5)),
     gated=True,
 )
-_METHODS = replace(_LOCATION, name="methods", arms={"full": Arm("full", _FULL), **_IN_TURN})
+_METHODS = replace(
+    _LOCATION,
+    name="methods",
+    arms={"full": Arm("full", _FULL), **_IN_TURN},
+    widen=6,  # vectors want rates near 1
+)
 _LONGER = replace(
     _METHODS,
     name="longer",
