@@ -28,7 +28,7 @@ def robustness(
     """Verdicts from parts of the records: one row for each claim that the runs can decide.
 
     Columns: claim, says, verdict, seed left out (how often the verdict stays when one seed is left
-    out), half (the same for random halves of the examples), reversed (of all these)."""
+    out), half (the same for random halves of the examples)."""
     records, rows = Store.of(store).records(), []
     for claim in claims:
         values, decides = claim.evidence(experiment, records)
@@ -37,13 +37,10 @@ def robustness(
             continue
         row = {"claim": claim.name, "says": claim.text, "verdict": verdict}
         parts = {"seed left out": _without_a_seed(values), "half": _halves(values)}
-        opposite = {"reproduced": "contradicted", "contradicted": "reproduced"}.get(verdict)
-        reversals = 0
         for name, reduced in parts.items():
             words = [claim.judge(part).word for part in reduced]
             row[name] = f"{words.count(verdict)} of {len(words)}" if words else ""
-            reversals += words.count(opposite)
-        rows.append({**row, "reversed": reversals})
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
