@@ -46,7 +46,8 @@ def experiment(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="smoke, location, methods, longer, location-real, small, small-cpu or paper."
+            help="smoke, location, methods, longer, sizes, broad, location-real, methods-real, "
+            "gpu, small-cpu or paper."
         ),
     ] = None,
     store: Annotated[

@@ -27,6 +27,7 @@ TOKENS = {  # of an example with its choices, roughly
     "piqa": 45,
     "arc_challenge": 50,
     "winogrande": 45,
+    "social_i_qa": 50,
     "gsm8k": 260,
     "aqua": 90,
     "listops": 40,
@@ -37,6 +38,7 @@ ROWS = {  # on the Hub: training, and the splits that are evaluated on
     "winogrande": (9248, 1267),
     "arc_challenge": (1119, 299, 1172),
     "piqa": (16_113, 1838),
+    "social_i_qa": (33_410, 1954),
     "gsm8k": (7473, 1319),
     "aqua": (97_467, 254, 254),
 }

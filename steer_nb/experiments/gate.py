@@ -19,9 +19,8 @@ from ..data.examples import Example
 from ..data.listops import OPERATORS
 from ..data.records import Task
 from steer_nb.experiments.intervals import (
-    bootstrap_draws,
     correct_matrix,
-    percentile_interval,
+    mean_interval,
 )
 from .jobs import Experiment, number_of_tests, test_records
 from .store import canonical_json, records_of, task_of
@@ -128,7 +127,7 @@ def gate_record(
     best = max(rules, key=lambda name: rules[name].mean())
     right = correct_matrix(full)
     gap = right - rules[best]
-    interval = percentile_interval(bootstrap_draws(gap))
+    interval = mean_interval(gap)
     runs = records_of(records, "run")
     last = float(
         np.mean([runs[one["id"]]["best_step"] == runs[one["id"]]["steps"] for one in full])

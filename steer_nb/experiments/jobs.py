@@ -61,10 +61,10 @@ class Experiment:
         return content_id([self.name, model, task])
 
     def cells(self) -> Iterator[tuple[str, str, str]]:
-        "(model, task, arm) for every comparison."
-        for model in self.models:
-            for task in self.tasks:
-                for arm in self.arms:
+        "(model, task, arm) for every comparison, in the order in which they run: arm by arm."
+        for arm in self.arms:
+            for model in self.models:
+                for task in self.tasks:
                     yield model, task, arm
 
 

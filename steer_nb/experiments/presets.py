@@ -41,8 +41,8 @@ _SHORT = {
     "depth": 1,
     "max_args": 5,
     "operators": ("FIRST", "LAST", "MAX", "MED", "MIN"),
-    "n_train": 1000,
-    "n_validation": 300,
+    "n_train": 500,
+    "n_validation": 200,
     "n_test": 2000,
 }
 _SITES = {"block": "post_block_linear", "mlp": "mlp_linear", "attn": "attn_linear"}
@@ -61,9 +61,9 @@ def _placed(layers: dict[str, list[int] | None], rates: Sequence[float]) -> dict
 _SETS = {"3": [3], "2": [2], "all": None, "0": [0], "1": [1], "1 and 2": [1, 2]}
 _REAL_SETS = {
     "24": [24],
+    "all": None,
     "15": [15],
     "6": [6],
-    "all": None,
     "two": [10, 20],
     "quarter": list(range(3, 30, 4)),
     "half": list(range(1, 30, 2)),
@@ -88,6 +88,32 @@ _IN_TURN = {  # in the order in which they run: pairs of a claim one after the o
     "joint_random": Arm("joint", _SHIFTS, {"directions": "random"}),
     **{name: Arm(name, _SHIFTS) for name in ("mlp_linear", "attn_linear", "loreft_block")},
     "dora": Arm("dora", _WEIGHTS),
+}
+
+# rates on a pretrained model, in the same order
+_REAL_FULL, _REAL_WEIGHTS, _REAL_SHIFTS = (
+    (3e-5, 1e-4, 3e-4),
+    (3e-4, 1e-3, 3e-3),
+    (1e-3, 3e-3, 1e-2),
+)
+_REAL = {
+    "full": Arm("full", _REAL_FULL),
+    "post_block_linear": Arm("post_block_linear", _REAL_SHIFTS),
+    "lora": Arm("lora", _REAL_WEIGHTS),
+    "loreft": Arm("loreft", _REAL_SHIFTS),
+    "joint": Arm("joint", _REAL_SHIFTS),
+    # 0.009 % of the parameters of SmolLM2-135M: rank 1 after the ten lowest blocks
+    "linear_tiny": Arm("post_block_linear", _REAL_SHIFTS, {"rank": 1, "layers": list(range(10))}),
+    "lora_rank1": Arm("lora", _REAL_WEIGHTS, {"rank": 1}),
+    "mlp_linear": Arm("mlp_linear", _REAL_SHIFTS),
+    "attn_linear": Arm("attn_linear", _REAL_SHIFTS),
+    "post_block_vector": Arm("post_block_vector", _REAL_SHIFTS),
+    "post_block_nonlinear": Arm("post_block_nonlinear", _REAL_SHIFTS),
+    "joint_never": Arm("joint", _REAL_SHIFTS, {"project": "never"}),
+    "jola": Arm("jola", _REAL_SHIFTS),
+    "lofit": Arm("lofit", _REAL_SHIFTS),
+    "loreft_block": Arm("loreft_block", _REAL_SHIFTS),
+    "dora": Arm("dora", _REAL_WEIGHTS),
 }
 
 HUB_TASKS = ("boolq", "winogrande", "arc_challenge", "gsm8k", "aqua")
@@ -119,11 +145,12 @@ _LOCATION_REAL = Experiment(
     "location-real",
     ("smollm2-135m",),
     {"short listops": _SHORT},
-    {"full": Arm("full", (3e-5, 1e-4, 3e-4)), **_placed(_REAL_SETS, (1e-3, 3e-3, 1e-2))},
-    {"batch_size": 16, "epochs": 3, "evaluations_per_epoch": 2},
+    {"full": _REAL["full"], **_placed(_REAL_SETS, _REAL_SHIFTS)},
+    {"batch_size": 16, "epochs": 6, "precision": "bfloat16"},
     seeds=tuple(range(5)),
     gated=True,
 )
+_METHODS_REAL = replace(_LOCATION_REAL, name="methods-real", arms=_REAL, widen=6)
 _METHODS = replace(
     _LOCATION,
     name="methods",
@@ -138,18 +165,33 @@ _LONGER = replace(
     seeds=(0, 1, 2),
     gated=False,
 )
-_SMALL = Experiment(
-    "small",
-    ("smollm2-135m", "gemma3-270m"),
-    {
-        "sst2": {"name": "sst2"},
-        "boolq": {"name": "boolq"},
-        "piqa": {"name": "piqa", "n_train": 800, "n_validation": 150, "n_test": 700},
-        "arc_challenge": {"name": "arc_challenge"},
-        "listops": {**_LISTOPS_32, "n_train": 2000, "n_validation": 200, "n_test": 1000},
+_SIZES = replace(
+    _METHODS,
+    name="sizes",
+    models=("listops-0.2m", "listops-0.9m", "listops-3m"),
+    arms={
+        name: _METHODS.arms[name] for name in ("full", "post_block_linear", "post_block_nonlinear")
     },
-    _arms(lambda name: METHODS[name].rates),
-    {"batch_size": 16, "epochs": 2},
+)
+_BROAD = replace(
+    _METHODS,
+    name="broad",
+    tasks={"five operators": {**_NESTED, "operators": ("FIRST", "LAST", "MIN", "MAX", "MED")}},
+    arms={"full": Arm("full", (1e-3,)), "lora": Arm("lora", (3e-3,))},
+    seeds=(0, 1, 2),
+    gated=False,
+)
+_GPU = replace(
+    _METHODS_REAL,
+    name="gpu",
+    models=("smollm2-135m", "gemma3-270m"),
+    tasks={
+        "short listops": _SHORT,
+        "boolq": {"name": "boolq"},
+        "social_i_qa": {"name": "social_i_qa"},
+        "listops-32": {**_LISTOPS_32, "n_train": 4000, "n_validation": 300, "n_test": 5000},
+    },
+    budgets={"listops-32": {"epochs": 3}},
 )
 _SMALL_CPU = Experiment(
     "small-cpu",
@@ -188,8 +230,11 @@ PRESETS: dict[str, Experiment] = {
         _LOCATION,
         _METHODS,
         _LONGER,
+        _SIZES,
+        _BROAD,
         _LOCATION_REAL,
-        _SMALL,
+        _METHODS_REAL,
+        _GPU,
         _SMALL_CPU,
         _PAPER,
     )

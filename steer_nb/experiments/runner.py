@@ -143,10 +143,16 @@ def _correct(result: Result) -> str:
     return packed([record["correct"] for record in result.predictions])
 
 
+def _evaluate(model, tokenizer, spec: Spec, split: str, batch_size: int) -> Result:
+    "Evaluate on a split of the run's task, in the precision of the training."
+    precision = spec.training.get("precision", "auto")
+    return evaluate(model, tokenizer, run_task(spec), split, batch_size, precision=precision)
+
+
 def _run(store: Store, spec: Spec, batch_size: int) -> dict:
     "Train, save what was trained, and score it on the validation set."
     method, tokenizer, run, note = train_run(store, spec)
-    result = evaluate(method, tokenizer, run_task(spec), "validation", batch_size)
+    result = _evaluate(method, tokenizer, spec, "validation", batch_size)
     return {
         "accuracy": result.accuracy,
         "n": result.n,
@@ -176,7 +182,7 @@ def _test(store: Store, spec: Spec, batch_size: int) -> dict:
         method, tokenizer = trained(store, spec)
         parts = method.parts[1:]
         start = time.perf_counter()
-    result = evaluate(method, tokenizer, run_task(spec), "test", batch_size)
+    result = _evaluate(method, tokenizer, spec, "test", batch_size)
     seconds = round(time.perf_counter() - start, 2)
     changed = {}
     if spec.method != "zero_shot":
@@ -192,7 +198,7 @@ def _test(store: Store, spec: Spec, batch_size: int) -> dict:
     digits = {}
     for part in parts:
         with method.only(part):
-            alone = evaluate(method, tokenizer, run_task(spec), "test", batch_size)
+            alone = _evaluate(method, tokenizer, spec, "test", batch_size)
             digits[part] = _correct(alone)
     return record | ({"parts": digits} if digits else {})
 

@@ -56,7 +56,9 @@ def small_llama(
 
 # %% ../../nbs/experiments/12_testbed.ipynb #6a6a38b9
 TESTBED_SIZES = {  # layers, width, inner
+    "listops-0.2m": (4, 64, 192),
     "listops-0.9m": (4, 128, 384),
+    "listops-3m": (4, 256, 768),
     "listops-llama": (4, 128, 384),
     "tiny-llama": (2, 32, 64),
 }
@@ -71,9 +73,17 @@ LISTOPS = {
 _MIN_MAX = {**LISTOPS, "operators": ("MIN", "MAX"), "n_train": 60_000}
 _COSINE = {"batch_size": 64, "schedule": "cosine"}
 TESTBED_BASES = {  # how each was trained
+    "listops-0.2m": {
+        "task": _MIN_MAX,
+        "training": {**_COSINE, "lr": 2e-3, "epochs": 5, "max_steps": 4000},
+    },
     "listops-0.9m": {
         "task": _MIN_MAX,
         "training": {**_COSINE, "lr": 1e-3, "epochs": 4, "max_steps": 3000},
+    },
+    "listops-3m": {
+        "task": _MIN_MAX,
+        "training": {**_COSINE, "lr": 7e-4, "epochs": 3, "max_steps": 2500},
     },
     "listops-llama": {
         "task": {**LISTOPS, "operators": ("MIN", "MAX", "SM"), "n_train": 40_000},
