@@ -57,8 +57,11 @@ def answers(
     model: str | None = None,  # None: the only one
     task: str | None = None,  # likewise
 ) -> np.ndarray:
-    "Which test examples are answered correctly by each tested run, 1.0 or 0.0: (seeds, n)."
-    model, task = model or experiment.models[0], task or next(iter(experiment.tasks))
+    """Which test examples are answered correctly by each tested run, 1.0 or 0.0: (seeds, n).
+
+    Raises `ValueError` where a model or task is not named and the experiment has several."""
+    [model] = [model] if model else experiment.models
+    [task] = [task] if task else experiment.tasks
     return correct_matrix(test_records(experiment, Store.of(store).records(), model, task, arm)[1])
 
 # %% ../../nbs/experiments/16_statistics.ipynb #90318f8f
