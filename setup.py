@@ -22,7 +22,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["steer_nb*"]),
-    package_data={"steer_nb.experiments": ["*.safetensors"]},
+    package_data={
+        "steer_nb.experiments": ["*.safetensors"],
+        "steer_nb.visual": ["*.js", "*.css"],
+    },
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
     extras_require={
@@ -33,6 +36,7 @@ setup(
         "serve": project["serve_requirements"].split(),
         "trl": project["trl_requirements"].split(),
         "vllm": project["vllm_requirements"].split(),
+        "widget": project["widget_requirements"].split(),
     },
     entry_points={
         "console_scripts": [project["console_scripts"]],

@@ -66,7 +66,7 @@ _PUBLIC = {
     "experiments.grid": ("run_grid",),
     "experiments.dry_run": ("dry_run",),
     "experiments.presets": ("PRESETS",),
-    "explore.plots": (
+    "visual.plots": (
         "plot_accuracy",
         "plot_bench",
         "plot_costs",
@@ -78,6 +78,7 @@ _PUBLIC = {
         "plot_sizes",
         "plot_table",
     ),
+    "visual.playground": ("explore",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_MODULE_OF]

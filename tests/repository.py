@@ -21,7 +21,7 @@ PACKAGES = [
     "methods",
     "evaluation",
     "integrations",
-    "explore",
+    "visual",
     "experiments",
     "cli",
 ]

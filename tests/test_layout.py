@@ -147,7 +147,7 @@ def in_new_interpreter(code: str, **environment: str) -> None:
         ("steer_nb.cli.cli", {"torch", "transformers", "numpy", "pandas", "scipy", "peft"}),
         ("steer_nb.core.sites", {"accelerate", "datasets", "peft", "matplotlib", "pandas"}),
         ("steer_nb.core.loading", {"accelerate", "datasets", "peft", "matplotlib", "pandas"}),
-        ("steer_nb.explore.plots", {"torch", "transformers", "accelerate", "datasets", "peft"}),
+        ("steer_nb.visual.plots", {"torch", "transformers", "accelerate", "datasets", "peft"}),
         ("steer_nb.training.config", {"transformers", "accelerate", "datasets"}),
         ("steer_nb.training.fit", {"peft", "matplotlib", "datasets", "pandas"}),
         ("steer_nb.data.tasks", {"datasets", "pandas"}),

@@ -203,6 +203,7 @@ def test_what_the_library_imports_is_required():
                 "quantized_requirements",
                 "lm_eval_requirements",
                 "serve_requirements",
+                "widget_requirements",
             ),
         )
         == set()

@@ -163,7 +163,7 @@ def _draw(run, before, after, path: Path) -> None:
     "Write the figure: the training curve, and both scores."
     import matplotlib.pyplot as plt
 
-    from steer_nb.explore.plots import plot_accuracy, plot_curve
+    from steer_nb.visual.plots import plot_accuracy, plot_curve
 
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3), width_ratios=(3, 2), layout="constrained"

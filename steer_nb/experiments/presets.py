@@ -92,7 +92,7 @@ _IN_TURN = {  # in the order in which they run: pairs of a claim one after the o
 
 # rates on a pretrained model, in the same order
 _REAL_FULL, _REAL_WEIGHTS, _REAL_SHIFTS = (
-    (3e-5, 1e-4, 3e-4),
+    (1e-4, 3e-4, 1e-3),
     (3e-4, 1e-3, 3e-3),
     (1e-3, 3e-3, 1e-2),
 )
@@ -146,7 +146,7 @@ _LOCATION_REAL = Experiment(
     ("smollm2-135m",),
     {"short listops": _SHORT},
     {"full": _REAL["full"], **_placed(_REAL_SETS, _REAL_SHIFTS)},
-    {"batch_size": 16, "epochs": 6, "precision": "bfloat16"},
+    {"batch_size": 16, "epochs": 8, "evaluations_per_epoch": 2, "precision": "bfloat16"},
     seeds=tuple(range(5)),
     gated=True,
 )
