@@ -12,7 +12,7 @@ SLOW ?=
 # Tests run in several processes: one thread each, and no network access to the Hub.
 TEST_ENVIRONMENT = PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-all test-vllm test-ui lab export readme clean
+.PHONY: help demo test test-all test-vllm test-ui lab docs export readme clean
 
 help:
 	@echo "make demo      teach a real language model to answer in JSON, on real data"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-vllm test the vLLM plugin with a real engine, in an environment of its own ($(VLLM_VENV), 3 GB); SLOW=1: everything"
 	@echo "make test-ui   test the playground in JupyterLab with Chromium; its screenshots are in build/screenshots"
 	@echo "make lab       open JupyterLab on the notebooks; LAB_FLAGS='--no-browser' is passed on"
+	@echo "make docs      build the documentation site in _docs/"
 	@echo "make export    write steer_nb/ from the notebooks, and clean the notebooks"
 	@echo "make readme    write README.md from nbs/index.ipynb"
 	@echo "make clean     remove caches and build files; $(VENV) stays"
@@ -78,6 +79,10 @@ test-ui: $(INSTALLED)
 lab: $(INSTALLED)
 	@echo "Opening JupyterLab on nbs/ (stop it with Ctrl-C)"
 	@"$(BIN)/jupyter" lab $(LAB_FLAGS) --notebook-dir=nbs
+
+docs: $(INSTALLED)
+	@echo "Building the site from the notebooks and docstrings in _docs/ (start page: _docs/index.html)"
+	@NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" mkdocs build --quiet
 
 export: $(INSTALLED)
 	@echo "Writing steer_nb/ from the notebooks, and cleaning the notebooks"
