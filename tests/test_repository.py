@@ -355,6 +355,16 @@ def test_no_notebook_keeps_the_state_of_widgets():
     assert [name_of(path) for path in NOTEBOOKS if "widgets" in read(path).metadata] == []
 
 
+def test_tutorials_open_in_colab_and_end_with_something_to_change():
+    address = f"{PROJECT['user']}/{PROJECT['repo']}/blob/{PROJECT['branch']}/nbs/tutorials"
+    tutorials = [path for path in NOTEBOOKS if path.parent.name == "tutorials"]
+    assert len(tutorials) > 5
+    for path in tutorials:
+        text = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+        assert f"colab.research.google.com/github/{address}/{path.name})" in text[0], path
+        assert "## Now change this\n" in text[-1], path
+
+
 def test_no_large_file():
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
