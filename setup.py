@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["steer_nb*"]),
     package_data={
         "steer_nb.experiments": ["*.safetensors"],
-        "steer_nb.visual": ["*.js", "*.css"],
+        "steer_nb.visual": ["*.css", "*.js", "*.mplstyle"],
     },
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),

@@ -245,7 +245,8 @@ class OrderOfError:
     def draw(self, axes) -> None:
         "Draw the error against ε in log-log, with a line of slope 2."
         axes.loglog(self.scales, self.errors, "o-", label=f"measured, slope {self.slope:.2f}")
-        line = [self.errors[0] * (scale / self.scales[0]) ** 2 for scale in self.scales]
+        # through the smallest update, where the order is that of the first term left out
+        line = [self.errors[-1] * (scale / self.scales[-1]) ** 2 for scale in self.scales]
         axes.loglog(self.scales, line, ":", color="gray", label="slope 2")
         axes.set(xlabel="size of the update, ε", ylabel=f"relative error at {self.what}")
         axes.legend()

@@ -120,6 +120,7 @@ def plot_sizes(
     similar_sizes = np.log2(trained.trainable.astype(float)).round()
     for _, close in trained.groupby(similar_sizes):
         heights = _apart(close.accuracy.to_numpy(), gap)
+        beside = 1.5 * close.trainable.max()  # one column of labels for points of about one size
         for one, height in zip(close.itertuples(), heights, strict=True):
             low, high = one.interval
             errors = [[one.accuracy - low], [high - one.accuracy]]
@@ -128,20 +129,24 @@ def plot_sizes(
             ax.annotate(
                 one.arm,
                 (one.trainable, one.accuracy),
-                xytext=(one.trainable * 1.25, height),
+                xytext=(beside, height),
                 fontsize=7,
                 va="center",
-                arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "gray"},
+                color=colour,
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colour, "relpos": (0, 0.5)},
             )
     for accuracy in frame[frame.arm == "zero_shot"].accuracy:
         ax.axhline(accuracy, ls=":", color="gray")
+        place = (trained.trainable.max(), accuracy)
+        text = {"fontsize": 7, "color": "gray", "textcoords": "offset points"}
+        ax.annotate("zero-shot", place, (0, 2), **text)
     ax.set(
         xscale="log",
         xlim=(trained.trainable.min() / 1.6, trained.trainable.max() * 5),
         xlabel="trained parameters",
         ylabel=f"test accuracy on {task}",
     )
-    _site_legend(ax, trained.arm, "lower right")
+    _site_legend(ax, trained.arm, "upper left")
     return ax
 
 # %% ../../nbs/visual/00_plots.ipynb #0000000c
@@ -184,7 +189,8 @@ def _lines_by_layer(values: Mapping, ax: Axes | None, label: str) -> Axes:
     ax, values = _axes(ax), {(site.at, site.layer): value for site, value in values.items()}
     for at in dict.fromkeys(at for at, _ in values):
         layers = sorted(layer for kind, layer in values if kind == at)
-        ax.plot(layers, [values[at, layer] for layer in layers], marker="o", label=at)
+        found, colour = [values[at, layer] for layer in layers], COLOURS[at]
+        ax.plot(layers, found, marker="o", color=colour, label=at)
     ax.set(xlabel="layer", ylabel=label)
     ax.legend()
     return ax
