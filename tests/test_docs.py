@@ -38,7 +38,7 @@ def site(tmp_path_factory):
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
-    return folder
+    return folder.resolve()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_every_link_leads_somewhere(site, pages):
     for page, own in pages.items():
         for link in [*own.links, *own.loaded]:
             path, anchor = urldefrag(link)
-            if urlparse(link).scheme:
+            if urlparse(link).scheme or urlparse(link).netloc:
                 continue
             target = (page.parent / unquote(path)).resolve() if path else page
             known = pages[target].ids if target in pages else {anchor}

@@ -1,6 +1,5 @@
 // The page of the playground: controls, and views of what the kernel or a recording answers.
 
-const COLUMNS = 12; // tokens of the prompt in the map, counted from its end
 const KL_SCALE = 4; // nats, at which a token has the full colour
 const PATIENCE = 5000; // milliseconds, after which a missing answer is reported
 const WAITING =
@@ -35,6 +34,7 @@ function kernelBackend(model) {
     else request.resolve(message);
   };
   model.on("msg:custom", receive);
+  let writing = null;
   const ask = (kind, state, extra = {}, item = () => {}) =>
     new Promise((resolve, reject) => {
       const id = `${prefix}-${(count += 1)}`;
@@ -43,13 +43,21 @@ function kernelBackend(model) {
     });
   return {
     ask,
-    write: (state, max_new_tokens, item) => ask("generate", state, { max_new_tokens }, item),
-    stop: () => model.send({ id: `${prefix}-stop`, kind: "stop" }),
+    write: (state, max_new_tokens, item) => {
+      const done = ask("generate", state, { max_new_tokens }, item);
+      writing = `${prefix}-${count}`;
+      return done;
+    },
+    stop: () => model.send({ id: writing, kind: "stop" }),
+    follow: (move) => model.on("change:state", () => move(model.get("state"))),
     save: (state) => {
       model.set("state", state);
       model.save_changes();
     },
-    close: () => model.off("msg:custom", receive),
+    close: () => {
+      if (writing && open.has(writing)) model.send({ id: writing, kind: "stop" });
+      model.off("msg:custom", receive);
+    },
   };
 }
 
@@ -59,7 +67,7 @@ function recordedBackend(recording) {
     const nearest = recording.settings.steerings.map((name) => {
       const value = state.strengths[name];
       const distance = (one) => Math.abs(one - value);
-      return recording.values.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+      return recording.values.reduce((best, one, row) => (distance(one) < distance(recording.values[best]) ? row : best), 0);
     });
     return recording.answers[nearest.join(" ")];
   };
@@ -70,6 +78,7 @@ function recordedBackend(recording) {
       for (const one of find(state).generate) item(one);
     },
     stop: () => {},
+    follow: () => {},
     save: () => {},
     close: () => {},
   };
@@ -77,27 +86,34 @@ function recordedBackend(recording) {
 
 function slider(name, settings, value, changed) {
   const { low, high, step } = settings;
-  const output = make("output", {}, Number(value).toFixed(1));
+  const digits = (String(step).split(".")[1] ?? "").length;
+  const output = make("output");
+  const show = () => (output.textContent = Number(input.value).toFixed(digits)); // as the browser rounded it
   const input = make("input", {
     type: "range", min: low, max: high, step, value, "aria-label": `strength of ${name}`,
     oninput: () => {
-      output.textContent = Number(input.value).toFixed(1);
+      show();
       changed();
     },
   });
+  const set = (to) => {
+    input.value = to;
+    show();
+  };
   const reset = make(
     "button",
     {
       type: "button", title: "set to 0", "aria-label": `set ${name} to 0`,
       onclick: () => {
-        input.value = 0;
-        input.dispatchEvent(new Event("input"));
+        set(0);
+        changed();
       },
     },
     "0",
   );
+  show();
   const row = make("div", { class: "slider" }, make("span", { class: "name" }, name), input, output, reset);
-  return { row, value: () => Number(input.value) };
+  return { row, set, value: () => Number(input.value) };
 }
 
 function drawTokens(body, answer) {
@@ -117,46 +133,42 @@ function drawTokens(body, answer) {
 
 function drawMap(view, answer) {
   const isLens = answer.tokens !== undefined;
-  const first = Math.max(0, answer.words.length - COLUMNS);
   const values = isLens ? answer.probabilities : answer.change;
-  const most = isLens ? 1 : Math.max(1e-9, ...values.map((row) => Math.max(...row.slice(first))));
+  const most = isLens ? 1 : Math.max(1e-9, ...values.map((row) => Math.max(...row)));
   const says = (layer, column) => {
     const value = values[layer][column];
     const where = `layer ${layer}, after \u201c${shown(answer.words[column])}\u201d: `;
     if (isLens) return `${where}\u201c${shown(answer.tokens[layer][column])}\u201d, probability ${value.toFixed(3)}`;
     return `${where}the stream has changed by ${(100 * value).toFixed(1)} % of its norm`;
   };
-  const columns = answer.words.map((_, column) => column).slice(first);
-  const head = make("tr", {}, make("td", {}), ...columns.map((column) => make("th", { scope: "col" }, shown(answer.words[column]))));
-  const cells = new Map();
+  const heads = answer.words.map((word) => make("th", { scope: "col" }, shown(word)));
+  const cells = [];
   const rows = values.map((row, layer) => {
-    const found = columns.map((column) => {
+    cells[layer] = row.map((value, column) => {
       const text = isLens ? shown(answer.tokens[layer][column]) : "";
-      const cell = make("td", { style: `background:${tint(row[column] / most, "steered")}` }, text);
-      cell.addEventListener("mouseenter", () => select(layer, column));
-      cells.set(`${layer} ${column}`, cell);
+      const cell = make("td", {
+        id: `${view.id}-${layer}-${column}`, role: "gridcell", "aria-label": says(layer, column),
+        style: `background:${tint(value / most, "steered")}`, onmouseenter: () => select(layer, column),
+      }, text);
       return cell;
     });
-    return make("tr", {}, make("th", { scope: "row" }, layer % 5 === 0 || layer === values.length - 1 ? `${layer}` : ""), ...found);
+    const label = layer % 5 === 0 || layer === values.length - 1 ? `${layer}` : "";
+    return make("tr", { role: "row" }, make("th", { scope: "row" }, label), ...cells[layer]);
   });
-  view.table.replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows.reverse()));
+  view.table.replaceChildren(make("thead", {}, make("tr", {}, make("td"), ...heads)), make("tbody", {}, ...rows.reverse()));
   view.table.classList.toggle("lens", isLens);
   const select = (layer, column) => {
     view.at = [layer, column];
     view.table.querySelector(".selected")?.classList.remove("selected");
-    cells.get(`${layer} ${column}`).classList.add("selected");
+    cells[layer][column].classList.add("selected");
+    view.table.setAttribute("aria-activedescendant", cells[layer][column].id);
     view.caption.textContent = says(layer, column);
   };
-  view.move = (up, right) => {
-    const [layer, column] = view.at;
-    const last = answer.words.length - 1;
-    select(
-      Math.min(values.length - 1, Math.max(0, layer + up)),
-      Math.min(last, Math.max(first, column + right)),
-    );
-  };
-  const [layer, column] = view.at ?? [values.length - 1, answer.words.length - 1];
-  select(layer, Math.min(Math.max(column, first), answer.words.length - 1));
+  const last = answer.words.length - 1;
+  const near = (layer, column) =>
+    select(Math.min(values.length - 1, Math.max(0, layer)), Math.min(last, Math.max(0, column)));
+  view.move = (up, right) => near(view.at[0] + up, view.at[1] + right);
+  near(...(view.at ?? [values.length - 1, last]));
 }
 
 function build(el, settings, start, backend) {
@@ -188,7 +200,14 @@ function build(el, settings, start, backend) {
   );
 
   // layers and tokens
-  const view = { table: make("table", { class: "map", tabindex: 0, "aria-label": "layers and tokens; arrow keys move" }), caption: make("p", { class: "says", "aria-live": "polite" }), at: null, move: () => {} };
+  const group = `map-${Math.random().toString(36).slice(2)}`;
+  const view = {
+    id: group,
+    table: make("table", { class: "map", role: "grid", tabindex: 0, "aria-label": "layers and tokens; arrow keys move" }),
+    caption: make("p", { class: "says" }),
+    at: null,
+    move: () => {},
+  };
   const arrows = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   view.table.addEventListener("keydown", (event) => {
     if (!(event.key in arrows)) return;
@@ -196,7 +215,6 @@ function build(el, settings, start, backend) {
     event.stopPropagation();
     view.move(...arrows[event.key]);
   });
-  const group = `map-${Math.random().toString(36).slice(2)}`;
   let kind = "change";
   const choices = [["change", "change of the stream"], ["lens", "most likely token"]].map(([value, label]) =>
     make("label", {}, make("input", { type: "radio", name: group, value, checked: value === kind,
@@ -204,7 +222,9 @@ function build(el, settings, start, backend) {
   );
 
   // text
-  const texts = { steered: make("p", { class: "text" }), unsteered: make("p", { class: "text" }) };
+  const texts = Object.fromEntries(
+    ["steered", "unsteered"].map((side) => [side, make("p", { class: "text", role: "group", "aria-label": `${side} text` })]),
+  );
   const count = make("input", { type: "number", min: 1, max: 500, value: 30, "aria-label": "number of new tokens", disabled: backend.recorded });
   const button = make("button", { type: "button", class: "generate", onclick: () => (writing ? backend.stop() : write()) }, "Generate");
   const mean = make("span", { class: "mean" });
@@ -254,6 +274,7 @@ function build(el, settings, start, backend) {
     again = true;
     if (busy) return;
     busy = true;
+    root.dataset.busy = "true";
     while (again) {
       again = false;
       const late = setTimeout(() => (status.textContent = WAITING), PATIENCE);
@@ -272,6 +293,7 @@ function build(el, settings, start, backend) {
       clearTimeout(late);
     }
     busy = false;
+    root.dataset.busy = "false";
   }
   function changed() {
     for (const text of Object.values(texts)) text.classList.add("stale");
@@ -299,6 +321,14 @@ function build(el, settings, start, backend) {
       make("div", { class: "view" }, make("h4", { class: "unsteered" }, "unsteered"), texts.unsteered)),
     backend.recorded ? "" : make("div", {}, copy, code),
   );
+  // Python or another view of this widget has changed the state.
+  backend.follow((state) => {
+    if (JSON.stringify(state) === JSON.stringify(current())) return;
+    prompt.value = state.prompt;
+    settings.steerings.forEach((name, row) => sliders[row].set(state.strengths[name] ?? 0));
+    layers.forEach((input, end) => (input.value = state.layers[end]));
+    refresh();
+  });
   // A notebook has shortcuts of its own: keys that are meant for a control stay here.
   root.addEventListener("keydown", (event) => event.stopPropagation());
   el.append(root);

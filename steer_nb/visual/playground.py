@@ -10,7 +10,9 @@ import asyncio
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -31,6 +33,7 @@ except ImportError as error:
 # %% ../../nbs/visual/02_playground.ipynb #00000007
 _HERE = Path(str(files("steer_nb.visual")))
 _LIMITS = (-3.0, 3.0, 0.1)
+_OPEN: weakref.WeakSet = weakref.WeakSet()  # the playgrounds that are not closed
 
 
 class Playground(anywidget.AnyWidget):
@@ -46,9 +49,14 @@ class Playground(anywidget.AnyWidget):
         live: LiveModel,
         state: State,
         limits: Sequence[float] = _LIMITS,  # of the strengths: lowest, highest, step
-        loaded: Sequence[Steering] = (),  # removed with the playground
+        sources: Mapping[str, str] | None = None,  # where steerings were loaded from
     ):
-        self.live, self._loaded, self._writing = live, list(loaded), None
+        self.live, self._sources, self._limits = live, dict(sources or {}), tuple(limits)
+        self._writing: tuple = (None, None)  # the request and the task of a text
+        try:  # the loop of the kernel, where all answers are computed
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
         low, high, step = limits
         names = list(live.steerings)
         strengths = {name: float(state.strengths.get(name, 0)) for name in names}
@@ -66,7 +74,7 @@ class Playground(anywidget.AnyWidget):
                 "layers": list(live.check(state)),
             },
         )
-        self.on_msg(lambda _, message, buffers: self._receive(message))
+        self.on_msg(lambda _, message, buffers: self._in_loop(message))
 
     def __repr__(self) -> str:
         return f"Playground({self.state['prompt']!r}, {self.state['strengths']})"
@@ -77,10 +85,24 @@ class Playground(anywidget.AnyWidget):
         return self._code(State(**self.state))
 
     def _code(self, state: State) -> str:
-        arguments = f"    prompt={state.prompt!r},\n    strengths={dict(state.strengths)!r},\n"
+        arguments = ""
+        if set(self.live.steerings) != set(on_model(self.live.model)) or self._sources:
+            known = (
+                f"{name!r}: {self._sources[name]!r}"
+                if name in self._sources
+                else f"{name!r}: on_model[{name!r}]"
+                for name in self.live.steerings
+            )
+            arguments += f"    {{{', '.join(known)}}},\n"
+        arguments += f"    prompt={state.prompt!r},\n    strengths={dict(state.strengths)!r},\n"
         if state.layers is not None and tuple(state.layers) != (0, self.live.n_layers - 1):
             arguments += f"    layers={tuple(state.layers)!r},\n"
-        return f"from steer_nb import explore\n\nexplore(\n    model,\n    tokenizer,\n{arguments})"
+        if self._limits != _LIMITS:
+            arguments += f"    limits={self._limits!r},\n"
+        lines = "from steer_nb import explore\n"
+        if "on_model[" in arguments:
+            lines = "from steer_nb import explore, steerings\n\non_model = steerings(model)\n"
+        return f"{lines}\nexplore(\n    model,\n    tokenizer,\n{arguments})"
 
     def answer(self, kind: str, state: State) -> dict:
         "What a view shows: `next` (tokens), `change` or `lens` (layers and tokens), or the `code`."
@@ -93,43 +115,64 @@ class Playground(anywidget.AnyWidget):
             return {"words": words, "change": self.live.change_map(state)}
         return {"words": words, **self.live.lens_map(state)}
 
+    def _in_loop(self, message: dict) -> None:
+        "Answer in the loop of the kernel: JupyterLab may deliver messages in another thread."
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if self._loop is None or here is self._loop:
+            self._receive(message)
+        else:
+            self._loop.call_soon_threadsafe(self._receive, message)
+
     def _receive(self, message: dict) -> None:
-        "Answer a message of the page. Errors are answers, too: the page shows them."
+        "Answer a message of the page."
         kind, reply = message["kind"], {"id": message["id"]}
-        if kind in ("stop", "generate") and self._writing is not None:
-            self._writing.cancel()
+        request, task = self._writing
+        if task is not None and (kind == "generate" or (kind, request) == ("stop", message["id"])):
+            task.cancel()
         if kind == "stop":
             return
         state = State(**message["state"])
         if kind == "generate":
             writing = self._write(reply, state, message["max_new_tokens"])
-            self._writing = asyncio.get_running_loop().create_task(writing)
+            task = asyncio.get_running_loop().create_task(writing)
+            self._writing = (message["id"], task)
             return
-        try:
-            self.send(reply | self.answer(kind, state) | {"done": True})
-        except SteerError as error:
-            self.send(reply | {"error": str(error), "done": True})
+        with self._reporting(reply):
+            reply |= self.answer(kind, state)
 
     async def _write(self, reply: dict, state: State, max_new_tokens: int) -> None:
         "Send a text, token by token."
-        last: dict = {}
-        try:
+        last = dict(reply)
+        with self._reporting(last):
             for item in self.live.generate(state, max_new_tokens):
                 self.send(reply | item)
                 await asyncio.sleep(0.001)  # the kernel reads messages, such as "stop"
+
+    @contextmanager
+    def _reporting(self, reply: dict) -> Iterator[None]:
+        "Send the last message of a request, with its error if there was one."
+        try:
+            yield
         except asyncio.CancelledError:
-            last = {"stopped": True}
-        except SteerError as error:
-            last = {"error": str(error)}
-        self.send(reply | last | {"done": True})
+            reply["stopped"] = True
+        except Exception as error:
+            known = isinstance(error, SteerError)
+            reply["error"] = str(error) if known else f"{type(error).__name__}: {error}"
+        finally:
+            self.send(reply | {"done": True})
 
     def close(self) -> None:
         "Close the widget, and take the steerings that `explore` loaded off the model."
-        if self._writing is not None:
-            self._writing.cancel()
-        for steering in self._loaded:
-            if not steering.removed:
-                steering.remove()
+        if self._writing[1] is not None:
+            self._writing[1].cancel()
+        for name in self._sources:
+            if not self.live.steerings[name].removed:
+                self.live.steerings[name].remove()
+        self._sources = {}  # another steering may have the name later
+        _OPEN.discard(self)
         super().close()
 
     def save_html(
@@ -146,12 +189,13 @@ class Playground(anywidget.AnyWidget):
         steps = {round(high - low, 6) for low, high in itertools.pairwise(values)}
         if len(steps) != 1:
             raise LiveError(f"values are two or more evenly spaced strengths, not {values}")
-        answers = {}
-        for strengths in itertools.product(values, repeat=len(names)):
+        answers = {}  # by the numbers of the values
+        for numbers in itertools.product(range(len(values)), repeat=len(names)):
+            strengths = [values[number] for number in numbers]
             at = State(state.prompt, dict(zip(names, strengths, strict=True)), state.layers)
             views = {kind: self.answer(kind, at) for kind in ("next", "change", "lens")}
             views["generate"] = list(live.generate(at, max_new_tokens))
-            answers[" ".join(f"{one:g}" for one in strengths)] = views
+            answers[" ".join(map(str, numbers))] = views
         limits = {"low": values[0], "high": values[-1], "step": steps.pop()}
         recording = {
             "settings": self.settings | limits,
@@ -220,13 +264,24 @@ def explore(
     """A playground for the steerings of a model, to be displayed in a notebook.
 
     `steerings` are folders, Hub ids or steerings by name; folders and ids are loaded onto the
-    model, and removed when the playground is closed. None: those that are on the model. Raises
+    model, and removed when the playground is closed. None: those that are on the model. A
+    model has one playground: opening another closes the first. Raises
     `LiveError` if there is none, or for an unknown name in `strengths`."""
-    loaded, known = [], dict(on_model(model) if steerings is None else steerings)
-    for name, source in known.items():
-        if not isinstance(source, Steering):
-            known[name] = load_steering(model, source, name=name)
-            loaded.append(known[name])
-    live = LiveModel(model, tokenizer, {one.name: one for one in known.values()})
-    given = dict.fromkeys(live.steerings, 1.0) if strengths is None else strengths
-    return Playground(live, State(prompt, given, layers), limits, loaded)
+    for other in list(_OPEN):
+        if other.live.model is model:
+            other.close()
+    loaded, known = {}, dict(on_model(model) if steerings is None else steerings)
+    try:
+        for name, source in known.items():
+            if not isinstance(source, Steering):
+                known[name] = load_steering(model, source, name=name)
+                loaded[name] = str(source)
+        live = LiveModel(model, tokenizer, {one.name: one for one in known.values()})
+        given = dict.fromkeys(live.steerings, 1.0) if strengths is None else strengths
+        playground = Playground(live, State(prompt, given, layers), limits, loaded)
+    except Exception:
+        for name in loaded:
+            known[name].remove()
+        raise
+    _OPEN.add(playground)
+    return playground
