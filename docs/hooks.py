@@ -18,7 +18,8 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(NBS), str(ROOT / "tests")]
+from make_readme import directives  # noqa: E402
 from repository import MODULES, PACKAGES, PROJECT  # noqa: E402
 
 REPOSITORY = PROJECT["git_url"]
@@ -36,11 +37,6 @@ SUBJECTS = {  # of the reference: packages
 }
 
 
-def directives(source: str) -> set[str]:
-    "The nbdev directives of a cell: {'hide'} for `#| hide`."
-    return set(re.findall(r"^#\|[ \t]*(\w+)", source, re.MULTILINE))
-
-
 @cache
 def notebooks() -> list[Path]:
     "The notebooks of the site, in the order of their folders and names."
@@ -48,6 +44,7 @@ def notebooks() -> list[Path]:
     return sorted(found, key=lambda path: (path.parent, path.stem != "verdicts", path.name))
 
 
+@cache
 def described(path: Path) -> tuple[str, str]:
     "The title of a notebook, and the quote below it."
     first = nbformat.read(path, as_version=4).cells[0].source

@@ -365,6 +365,12 @@ def test_tutorials_open_in_colab_and_end_with_something_to_change():
         assert "## Now change this\n" in text[-1], path
 
 
+def test_the_recorded_page_has_the_code_of_the_playground():
+    page = (NBS / "tutorials" / "playground.html").read_text(encoding="utf-8")
+    for name in ("playground.js", "playground.css"):
+        assert (LIB / "visual" / name).read_text(encoding="utf-8") in page, name
+
+
 def test_no_large_file():
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

@@ -35,6 +35,7 @@ function kernelBackend(model) {
   };
   model.on("msg:custom", receive);
   let writing = null;
+  let follower = null;
   const ask = (kind, state, extra = {}, item = () => {}) =>
     new Promise((resolve, reject) => {
       const id = `${prefix}-${(count += 1)}`;
@@ -49,7 +50,7 @@ function kernelBackend(model) {
       return done;
     },
     stop: () => model.send({ id: writing, kind: "stop" }),
-    follow: (move) => model.on("change:state", () => move(model.get("state"))),
+    follow: (move) => model.on("change:state", (follower = () => move(model.get("state")))),
     save: (state) => {
       model.set("state", state);
       model.save_changes();
@@ -57,6 +58,7 @@ function kernelBackend(model) {
     close: () => {
       if (writing && open.has(writing)) model.send({ id: writing, kind: "stop" });
       model.off("msg:custom", receive);
+      model.off("change:state", follower);
     },
   };
 }

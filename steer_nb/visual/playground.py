@@ -52,7 +52,7 @@ class Playground(anywidget.AnyWidget):
         sources: Mapping[str, str] | None = None,  # where steerings were loaded from
     ):
         self.live, self._sources, self._limits = live, dict(sources or {}), tuple(limits)
-        self._writing: tuple = (None, None)  # the request and the task of a text
+        self._writing = None  # the request whose text is being written; None: stop
         try:  # the loop of the kernel, where all answers are computed
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -129,16 +129,15 @@ class Playground(anywidget.AnyWidget):
     def _receive(self, message: dict) -> None:
         "Answer a message of the page."
         kind, reply = message["kind"], {"id": message["id"]}
-        request, task = self._writing
-        if task is not None and (kind == "generate" or (kind, request) == ("stop", message["id"])):
-            task.cancel()
         if kind == "stop":
+            if self._writing == message["id"]:
+                self._writing = None
             return
         state = State(**message["state"])
         if kind == "generate":
+            self._writing = message["id"]  # a text that is being written stops
             writing = self._write(reply, state, message["max_new_tokens"])
-            task = asyncio.get_running_loop().create_task(writing)
-            self._writing = (message["id"], task)
+            self._task = asyncio.get_running_loop().create_task(writing)
             return
         with self._reporting(reply):
             reply |= self.answer(kind, state)
@@ -148,6 +147,9 @@ class Playground(anywidget.AnyWidget):
         last = dict(reply)
         with self._reporting(last):
             for item in self.live.generate(state, max_new_tokens):
+                if self._writing != reply["id"]:
+                    last["stopped"] = True
+                    break
                 self.send(reply | item)
                 await asyncio.sleep(0.001)  # the kernel reads messages, such as "stop"
 
@@ -156,8 +158,6 @@ class Playground(anywidget.AnyWidget):
         "Send the last message of a request, with its error if there was one."
         try:
             yield
-        except asyncio.CancelledError:
-            reply["stopped"] = True
         except Exception as error:
             known = isinstance(error, SteerError)
             reply["error"] = str(error) if known else f"{type(error).__name__}: {error}"
@@ -166,8 +166,7 @@ class Playground(anywidget.AnyWidget):
 
     def close(self) -> None:
         "Close the widget, and take the steerings that `explore` loaded off the model."
-        if self._writing[1] is not None:
-            self._writing[1].cancel()
+        self._writing = None
         for name in self._sources:
             if not self.live.steerings[name].removed:
                 self.live.steerings[name].remove()
