@@ -178,6 +178,7 @@ def on_files(files, config):
 
     front = (ROOT / "README.md").read_text(encoding="utf-8")
     front = re.sub(r"(\]\()(?!\w+:|#)", r"\1../", front)  # from the repository to nbs/
+    front = front.replace('="nbs/', '="')
     add("index.md", linked(front, ""))
     theory = files.get_file_from_path("theory.md")
     theory.content_string = linked(theory.content_string, "")

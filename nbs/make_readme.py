@@ -41,10 +41,21 @@ def from_the_top(source: str) -> str:
     "The text with links to files of ours relative to the repository; other links are unchanged."
 
     def link(match):
-        path = posixpath.normpath(posixpath.join(NBS.name, match[1]))
-        return f"]({path}{match[2] or ''})" if (ROOT / path).exists() else match[0]
+        before, target, after = match.groups()
+        path = posixpath.normpath(posixpath.join(NBS.name, target))
+        return f"{before}{path}{after}" if (ROOT / path).exists() else match[0]
 
-    return re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", link, source)
+    text = re.sub(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))", link, source)
+    return re.sub(r'(\bsrc(?:set)?=")([^"]+)(")', link, text)
+
+
+def compact(text: str) -> str:
+    "The text with the cells of tables not padded."
+
+    def row(match):
+        return re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", match[0]))
+
+    return re.sub(r"^\|.*\|$", row, text, flags=re.MULTILINE)
 
 
 def front_page(notebook: Path) -> nbformat.NotebookNode:
@@ -73,7 +84,7 @@ def readme(notebook: Path = NBS / "index.ipynb") -> tuple[str, dict[str, bytes]]
         front_page(notebook), {"unique_key": notebook.stem, "output_files_dir": IMAGES}
     )
     text = re.sub(r"\n([ \t]*\n){2,}", "\n\n", text).strip()  # the template leaves empty lines
-    return f"{HEADER}{text}\n", resources["outputs"]
+    return f"{HEADER}{compact(text)}\n", resources["outputs"]
 
 
 def main() -> None:
