@@ -1,10 +1,11 @@
-"The playground in JupyterLab and as a page of its own, in a real browser."
+"The playground in JupyterLab, in Notebook 7 and as a page of its own, in a real browser."
 
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -53,8 +54,8 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "The address of a JupyterLab with the tutorial up to the playground, and two cells of ours."
+def folder(tmp_path_factory):
+    "A folder with the tutorial up to the playground, and two cells of ours."
     folder = tmp_path_factory.mktemp("lab")
     sources = [one.source for one in nbformat.read(TUTORIAL, 4).cells if one.cell_type == "code"]
     end = next(i for i, source in enumerate(sources) if source.startswith("playground ="))
@@ -67,12 +68,17 @@ def lab(tmp_path_factory):
         "name": "python3",
     }
     nbformat.write(notebook, folder / "play.ipynb")
+    return folder
+
+
+@contextmanager
+def served(folder: Path, program: str, page: str, *options: str):
+    "The address of a notebook in a Jupyter program, such as `jupyterlab`, that serves the folder."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
-    command += [f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=test"]
-    command += ["--LabApp.expose_app_in_browser=True"]
+    command = [sys.executable, "-m", program, "--no-browser", "--allow-root", f"--port={port}"]
+    command += [f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=test", *options]
     environment = os.environ | {
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
@@ -84,10 +90,10 @@ def lab(tmp_path_factory):
     )
     try:
         for line in server.stderr:
-            if f":{port}/lab" in line:
+            if f":{port}/" in line:
                 break
         subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)  # keep it empty
-        yield f"http://127.0.0.1:{port}/lab/tree/play.ipynb?token=test&reset"
+        yield f"http://127.0.0.1:{port}/{page}/play.ipynb?token=test"
     finally:
         server.terminate()
         server.wait(20)
@@ -156,6 +162,32 @@ class Page:
         "The width of the content of the playground, and that of the playground."
         script = "it => [it.scrollWidth, it.clientWidth]"
         return tuple(self.page.locator(".steer-nb").evaluate(script))
+
+
+@pytest.fixture
+def lab(folder):
+    with served(folder, "jupyterlab", "lab/tree", "--LabApp.expose_app_in_browser=True") as address:
+        yield f"{address}&reset"
+
+
+def test_the_playground_in_notebook_7(browser, folder, screenshots):
+    with served(folder, "notebook", "notebooks") as address:
+        tab = browser.new_page(viewport={"width": 1000, "height": 1400})
+        page = Page(tab)
+        tab.goto(address)
+        tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+        for cell in range(3):
+            page.run(cell)
+        tab.wait_for_selector(".steer-nb .tokens tbody tr", timeout=60_000)
+        before = page.first()
+        page.press("ArrowRight")
+        steered, unsteered = page.first()
+        assert unsteered == before[1] and steered != before[0]
+        inside, outside = page.widths()
+        assert inside <= outside
+        tab.screenshot(path=screenshots / "notebook.png")
+        assert page.errors == []
+        tab.close()
 
 
 def test_the_playground_in_jupyterlab(browser, lab, screenshots):

@@ -111,8 +111,8 @@ DataSource = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Your own examples instead of a task: a JSONL, JSON, CSV or Parquet file, a folder, "
-        "or a dataset of the Hub.",
+        help="Your own examples instead of a task: a JSONL, JSON, CSV or Parquet file, a folder "
+        "of them (train.jsonl, test.jsonl), or a dataset of the Hub.",
     ),
 ]
 Columns = Annotated[
@@ -125,7 +125,8 @@ Choices = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="Score of --data: exact, normalised, json, regex:…, perplexity or choice.  "
+        help="Score of --data: exact, normalised, json, perplexity, choice, or regex:… (the first "
+        "match in the reply equals that in the reference).  "
         "[default: by the form of the data]"
     ),
 ]

@@ -211,7 +211,7 @@ def evaluate(
     metric: Metric = None,
     steering: SteeringFolder = None,
     split: Annotated[
-        str, typer.Option(help="Split: train, validation, test, or of --data all.")
+        str, typer.Option(help="Split: train, validation or test; all: every row of --data.")
     ] = "test",
     n: Size = None,
     batch_size: BatchSize = 16,
@@ -274,7 +274,10 @@ def generate(
     if not prompt.strip():
         raise SteerError("the prompt is empty: write the text to continue, or - to read it")
     loaded, tokenizer = load_steered(model, steering, dtype, quantization, strength)
-    typer.echo(write_answer(loaded, tokenizer, prompt, tokens, chat))
+    written = write_answer(loaded, tokenizer, prompt, tokens, chat)
+    typer.echo(written)
+    if not written.strip() and not chat:
+        typer.echo("nothing was written: a steering of conversations needs --chat", err=True)
 
 
 @app.command(epilog="Example: steer_nb chat --steering runs/mine --system 'Answer in JSON.'")

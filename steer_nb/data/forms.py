@@ -226,5 +226,6 @@ def find_form(
     forms = "; ".join(" + ".join(needed) for needed in FORMS.values())
     raise TaskError(
         f"no known form has the columns {', '.join(names) or '(none)'}; the forms are {forms}. "
-        "Name a column of another name with columns={'completion': 'name'}"
+        "Name a column of another name with columns={'completion': 'name'}, or in a terminal "
+        "--columns completion=name"
     )

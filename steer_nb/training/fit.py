@@ -179,11 +179,19 @@ def fit(
     the model cannot be compiled;
     `OutputError` if the folder cannot be read or written; `TaskError` if an example is longer than
     the model's context."""
+    if not hasattr(task, "train"):
+        raise TrainError(f"fit needs a task: {type(task).__name__} is none; use `load_records`")
     method, folder = as_method(model), check_output(output, overwrite)
     config = TrainConfig() if config is None else config
     check_number("checkpoint_every", checkpoint_every, 0, error=TrainError)
     check_number("retain_weight", retain_weight, 0, error=TrainError)
-    trainable_parameters(method.model)
+    trained = trainable_parameters(method.model)
+    if not isinstance(model, Method) and len(trained) == len(list(model.parameters())):
+        warnings.warn(
+            "all parameters of the model are trained: call steer(model) first to train a steering, "
+            "or apply_method(model, 'full')",
+            stacklevel=2,
+        )
     splits = {
         split: encode_split(method.model, tokenizer, task, split, config.end_token)
         for split in ("train", "validation")

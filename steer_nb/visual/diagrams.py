@@ -84,7 +84,7 @@ def draw_block(
         (dx, dy), style = offsets[at], {"ha": "center", "va": "center", "color": _colour(at)}
         ax.plot(x, y, "o", ms=8, color=_colour(at), zorder=3)
         ax.text(x + dx, y + dy, at, weight="bold", family="monospace", **style)
-    _box(ax, (8.85, -0.68), (2.3, 0.95), "learned shift\n$U D h + b$", _colour("block"))
+    _box(ax, (8.85, -0.68), (2.3, 0.95), "learned shift\n$U D h$", _colour("block"))
     _wire(ax, (8.85, -0.2), (8.85, 0.84), colour=_colour("block"))
     ax.text(0.12, 1.27, "$h$", ha="center", va="center")
     ax.text(0.45, -0.68, "A steering adds a small learned\nfunction of $h$ at a site.", va="center")
@@ -109,20 +109,22 @@ def _small_block(ax: Axes, left: float, trained: bool) -> None:
 def draw_update_as_shift(
     ax: Axes,  # to draw on; its axes are hidden
 ) -> None:
-    "A block with changed weights, and the frozen block with a shift after it."
+    "A block with changed weights, and the frozen block with a first-order shift after it."
     _small_block(ax, 0.7, trained=True)
     _wire(ax, (5.17, 1), (6.0, 1))
-    ax.text(3.05, -0.35, r"$F(h;\;W + \Delta W)$", ha="center", va="center", fontsize="large")
     ax.text(6.7, 1, r"$\approx$", ha="center", va="center", fontsize=22)
     _small_block(ax, 8.0, trained=False)
     _wire(ax, (12.47, 1), (13.08, 1))
     _plus(ax, 13.3, 1, _colour("block"))
     _wire(ax, (13.52, 1), (14.2, 1))
-    _box(ax, (13.3, 2.7), (1.0, 0.95), r"$\delta(h)$", _colour("block"))
-    _wire(ax, (13.3, 2.22), (13.3, 1.22), colour=_colour("block"))
-    shift = r"$F(h;\;W) + \delta(h)$,   $\delta(h) = \partial_W F\;\Delta W$ at first order"
-    ax.text(10.7, -0.35, shift, ha="center", va="center", fontsize="large")
-    ax.set(xlim=(0, 14.3), ylim=(-0.8, 4.1), aspect="equal")
+    _box(ax, (13.3, -0.45), (0.8, 0.8), r"$\delta$", _colour("block"))
+    _wire(ax, (7.75, 1), (7.75, -0.45), (12.9, -0.45), colour=_colour("block"))
+    _wire(ax, (13.3, -0.05), (13.3, 0.78), colour=_colour("block"))
+    formulas = {3.05: r"$F(h;\;W + \Delta W)$", 6.7: r"$\approx$"}
+    formulas[10.7] = r"$F(h;\;W) + \delta$,   $\delta = \partial_W F(h;\;W)\;\Delta W$"
+    for x, text in formulas.items():
+        ax.text(x, -1.45, text, ha="center", va="center", fontsize="large")
+    ax.set(xlim=(0, 14.3), ylim=(-1.8, 4.1), aspect="equal")
     ax.axis("off")
 
 # %% ../../nbs/visual/03_diagrams.ipynb #0000000b
@@ -155,15 +157,15 @@ def draw_projection(
     ax.plot(*corner.T, color=_ink(), lw=0.8)
     labels = {
         "row": (r"a row of $D$", _colour("block"), (5, 0), "left"),
-        "left": (r"$D\,(I - V V^\top)$: kept", _colour("block"), (-6, 4), "right"),
-        "inside": (r"$D\,V V^\top$: removed", _colour("weights"), (6, -1), "left"),
+        "left": (r"its row of $D\,(I - V V^\top)$: kept", _colour("block"), (-6, 4), "right"),
+        "inside": (r"of $D\,V V^\top$: removed", _colour("weights"), (6, -1), "left"),
         "first": (r"columns of $B$", _colour("weights"), (5, -6), "left"),
     }
     for name, (text, colour, offset, side) in labels.items():
         style = {"textcoords": "offset points", "color": colour, "ha": side, "va": "center"}
         ax.annotate(text, ends[name], offset, **style)
     where = np.array([-1, -1, 0]) @ _VIEW
-    text = "the plane that LoRA writes to: the span of $V$"
+    text = "the span of the columns of $B$ and of $V$"
     ax.annotate(text, where, (0, -48), textcoords="offset points", color=_colour("weights"))
     ax.set(xlim=(-1.8, 2.9), ylim=(-1.2, 1.6), aspect="equal")
     ax.axis("off")
