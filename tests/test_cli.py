@@ -169,11 +169,12 @@ def test_train_as_a_process_of_its_own(tiny, tmp_path):
     "`python -m steer_nb`, as a user or a launcher starts it."
     words = f"train --model {tiny} --task listops --n-train 16 --kind vector --site mlp"
     command = [sys.executable, "-m", "steer_nb", *words.split(), "--positions", "last"]
+    command += ["--layers", "-1"]
     done = subprocess.run(
         [*command, "--output", tmp_path / "run"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "64 parameters trained" in done.stdout
+    assert "32 parameters trained" in done.stdout  # a vector in one layer
     assert (tmp_path / "run/steering/steering.safetensors").exists()
 
 
@@ -230,7 +231,7 @@ def test_an_interrupted_training_resumes(tiny, tmp_path):
         ("experiment smoke --arms lorra", 1, "did you mean 'lora'"),
         ("bench --only trainer-lora", 1, "did you mean 'trainer_lora'"),
         ("plan --gpu H1000 --model TINY", 1, "did you mean 'H100'"),
-        ("plan --layers 1-3 --model TINY", 1, "numbers separated by commas"),
+        ("plan --layers 1:3 --model TINY", 1, "numbers and ranges with commas"),
         ("plan --method lora --kind vector --model TINY", 1, "not with --method"),
         ("train", 2, "--output"),
         ("evaluate --n 0", 2, "--n"),

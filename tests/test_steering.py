@@ -316,6 +316,16 @@ def logits_of_saved(folder: str) -> None:
     print(json.dumps(model(INPUT).logits.tolist()))
 
 
+def test_others_can_read_what_is_saved(tmp_path):
+    "As they can any new file: what the umask allows."
+    from steer_nb.testing.tiny_models import tiny_model
+
+    (tmp_path / "new").touch()
+    steer(tiny_model("llama")).save(tmp_path / "steering")
+    modes = {path.stat().st_mode for path in (tmp_path / "steering").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_saved_here_loaded_in_another_process(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()

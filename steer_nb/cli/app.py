@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'app', 'ModelName', 'TaskName', 'DataSource', 'Columns', 'Choices', 'Metric', 'SteeringFolder', 'Strength',
-           'Dtype', 'Precision', 'Quantization', 'Size', 'Seed', 'BatchSize', 'ShiftSite', 'LearningRate', 'Epochs',
-           'Overwrite', 'Program', 'options', 'one_line_warnings', 'is_first_process', 'say', 'chosen', 'print_table',
-           'find_steering', 'load_examples', 'read_whole', 'load_steered', 'write_answer']
+           'Dtype', 'Precision', 'Quantization', 'Size', 'Seed', 'BatchSize', 'ShiftSite', 'Layers', 'LearningRate',
+           'Epochs', 'Overwrite', 'Program', 'options', 'one_line_warnings', 'is_first_process', 'say', 'chosen',
+           'chosen_layers', 'print_table', 'find_steering', 'load_examples', 'read_whole', 'load_steered',
+           'write_answer']
 
 # %% ../../nbs/cli/00_app.ipynb #00000002
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -166,6 +168,13 @@ Seed = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
 ShiftSite = Annotated[str, typer.Option("--site", help="Site: block, mlp, attn or heads.")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="Steered layers: all, or numbers and ranges with commas, such as 0,2,10-14; "
+        "-1 is the last."
+    ),
+]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training examples.")]
 Overwrite = Annotated[
@@ -193,6 +202,24 @@ def chosen(words: str | None, known: Iterable[str], what: str) -> list[str]:
     for word in wanted:
         check_choice(what, word, known)
     return wanted
+
+
+def chosen_layers(words: str) -> str | list[int]:
+    "The layers of `0,2,10-14`, or `all`. Raises `SteerError`."
+    from steer_nb.core.errors import SteerError
+
+    if words == "all":
+        return words
+    layers = []
+    for word in words.split(","):
+        found = re.fullmatch(r"\s*(?:(-?\d+)|(\d+)-(\d+))\s*", word)
+        if not found:
+            raise SteerError(
+                f"--layers is all, or numbers and ranges with commas: 0,2,10-14, not {words!r}"
+            )
+        one, first, last = found.groups()
+        layers += [int(one)] if one else range(int(first), int(last) + 1)
+    return layers
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

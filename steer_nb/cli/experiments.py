@@ -19,6 +19,7 @@ from steer_nb.cli.app import (
     DataSource,
     Dtype,
     Epochs,
+    Layers,
     Metric,
     ModelName,
     Precision,
@@ -29,6 +30,7 @@ from steer_nb.cli.app import (
     TaskName,
     app,
     chosen,
+    chosen_layers,
     load_examples,
     load_steered,
     print_table,
@@ -154,9 +156,7 @@ def plan(
     n_train: Size = None,
     kind: Annotated[str, typer.Option(help="Kind of shift, as for `steer_nb train`.")] = "linear",
     site: ShiftSite = "block",
-    layers: Annotated[
-        str, typer.Option(help="Steered layers: all, or numbers separated by commas.")
-    ] = "all",
+    layers: Layers = "all",
     rank: Annotated[int, typer.Option(help="Rank of the shift, or of the method.")] = 8,
     method: Annotated[
         str | None, typer.Option(help="A method by name instead of a shift: lora, full and others.")
@@ -185,9 +185,7 @@ def plan(
 
     if method is not None and (kind, site, layers) != ("linear", "block", "all"):
         raise ScaleError("--kind, --site and --layers describe a shift: not with --method")
-    if layers != "all" and not all(layer.strip().isdecimal() for layer in layers.split(",")):
-        raise ScaleError(f"--layers is all, or numbers separated by commas, not {layers!r}")
-    where = "all" if layers == "all" else [int(layer) for layer in layers.split(",")]
+    where = chosen_layers(layers)
     shift = SteeringConfig(kind=kind, site=site, layers=where, rank=rank, seed=seed)
     options = {} if method is None else method_row(method, {})[1].options
     options = {"rank": rank} if "rank" in options else {}

@@ -22,6 +22,7 @@ from steer_nb.cli.app import (
     DataSource,
     Dtype,
     Epochs,
+    Layers,
     LearningRate,
     Metric,
     ModelName,
@@ -35,6 +36,7 @@ from steer_nb.cli.app import (
     Strength,
     TaskName,
     app,
+    chosen_layers,
     is_first_process,
     load_examples,
     load_steered,
@@ -99,6 +101,7 @@ def train(
         ),
     ] = "linear",
     site: ShiftSite = "block",
+    layers: Layers = "all",
     rank: Annotated[int, typer.Option(help="Rank of linear, nonlinear, loreft and direft.")] = 8,
     positions: Annotated[
         str,
@@ -160,9 +163,13 @@ def train(
         from steer_nb.training.config import TrainConfig, TrainError, check_output
         from steer_nb.training.fit import fit
 
-    config = SteeringConfig(kind=kind, site=site, rank=rank, positions=positions, seed=seed)
-    if method is not None and (kind, site, positions) != ("linear", "block", "all"):
-        raise TrainError("--kind, --site and --positions describe a shift: not with --method")
+    shape = {"kind": kind, "site": site, "layers": chosen_layers(layers), "positions": positions}
+    config = SteeringConfig(**shape, rank=rank, seed=seed)
+    usual = {"kind": "linear", "site": "block", "layers": "all", "positions": "all"}
+    if method is not None and shape != usual:
+        raise TrainError(
+            "--kind, --site, --layers and --positions describe a shift: not with --method"
+        )
     given = {} if method is None else _method_options(method, rank, seed)
     sizes = {"epochs": epochs, "batch_size": batch_size, "batch_tokens": batch_tokens}
     training = TrainConfig(lr=lr, **sizes, seed=seed, precision=precision, compile=compiled)

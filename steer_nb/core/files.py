@@ -57,7 +57,10 @@ def write_tensors(
     copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_write(path) as unfinished:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             save_file(copies, unfinished, metadata)
+            unfinished.chmod(mode)  # safetensors makes files that only their owner can read
     except SafetensorError as problem:
         raise OSError(f"cannot write {path}: {problem}") from problem
     return Path(path)

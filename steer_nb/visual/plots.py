@@ -21,7 +21,7 @@ COLOURS = {
     "attn": "C3",
     "heads": "C4",
     "both": "C6",
-    "unchanged": "gray",
+    "unchanged": "C7",
 }
 SITES_OF_METHODS = {  # by the start of the method's name; all others change weights
     "zero_shot": "unchanged",
@@ -52,16 +52,18 @@ def _site_legend(ax: Axes, arms: Iterable[str], loc: str = "best") -> None:
     "One entry for each site that was drawn."
     for site in dict.fromkeys(map(_site, arms)):
         ax.plot([], [], "o", color=COLOURS[site], label=site)
-    ax.legend(fontsize=8, loc=loc)
+    ax.legend(fontsize="small", loc=loc)
 
 
 def _results_of(table, task: str, model: str | None):
     "The rows of a table that have results, for one task and one model (None: the first)."
-    frame = table.frame
-    model = model or frame.model.iloc[0]
-    frame = frame[(frame.task == task) & (frame.model == model) & frame.accuracy.notna()]
+    every = table.frame[table.frame.accuracy.notna()]
+    model = model or table.frame.model.iloc[0]
+    frame = every[(every.task == task) & (every.model == model)]
     if frame.empty:
-        raise ValueError(f"the table has no results on {task!r} yet")
+        known = sorted(set(zip(every.model, every.task, strict=True)))
+        there = ", ".join(f"{task!r} with {model}" for model, task in known) or "none"
+        raise ValueError(f"the table has no results on {task!r} with {model}; it has: {there}")
     return frame
 
 # %% ../../nbs/visual/00_plots.ipynb #00000007
@@ -83,7 +85,7 @@ def plot_table(
         yticks=range(len(frame)),
         yticklabels=labels,
         ylim=(len(frame) - 0.4, -0.6),
-        xlabel=f"test accuracy on {task} (n = {int(frame.n.max()):,}, 95 % interval)",
+        xlabel=f"test accuracy on {task}\n(n = {int(frame.n.max()):,}, 95 % interval)",
     )
     _site_legend(ax, frame.arm)
     return ax
@@ -130,15 +132,15 @@ def plot_sizes(
                 one.arm,
                 (one.trainable, one.accuracy),
                 xytext=(beside, height),
-                fontsize=7,
+                fontsize="small",
                 va="center",
                 color=colour,
                 arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colour, "relpos": (0, 0.5)},
             )
     for accuracy in frame[frame.arm == "zero_shot"].accuracy:
-        ax.axhline(accuracy, ls=":", color="gray")
+        ax.axhline(accuracy, ls=":", color=COLOURS["unchanged"])
         place = (trained.trainable.max(), accuracy)
-        text = {"fontsize": 7, "color": "gray", "textcoords": "offset points"}
+        text = {"fontsize": "small", "color": COLOURS["unchanged"], "textcoords": "offset points"}
         ax.annotate("zero-shot", place, (0, 2), **text)
     ax.set(
         xscale="log",
@@ -175,7 +177,7 @@ def plot_accuracy(
             xytext=(0, 7),
             textcoords="offset points",
             ha="center",
-            fontsize=8,
+            fontsize="small",
         )
     ax.set(yticks=range(len(results)), yticklabels=list(results), ylim=(len(results) - 0.4, -0.7))
     ax.locator_params(axis="x", nbins=5)
@@ -268,7 +270,7 @@ def plot_bench(
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            fontsize=8,
+            fontsize="small",
         )
     ax.set(
         yticks=range(len(frame)),
@@ -295,7 +297,7 @@ def plot_costs(
     for ax, name in zip(axes, names, strict=True):
         own = [row for row in rows if row["axis"] == name]
         values = [row["value"] for row in own]
-        for which, style, colour in (("floor", "s--", "gray"), ("steered", "o-", "C0")):
+        for which, style, colour in (("floor", "s--", "C7"), ("steered", "o-", "C0")):
             seconds = [row[which] for row in own]
             exponent = np.polyfit(np.log(values), np.log(seconds), 1)[0]
             label = f"{which}: exponent {exponent:.2f}"
@@ -308,6 +310,6 @@ def plot_costs(
             xlabel=name,
             ylabel="seconds per step" if ax is axes[0] else None,
         )
-        ax.legend(fontsize=7, loc="upper left")
+        ax.legend(fontsize="small", loc="upper left")
     axes[0].margins(y=0.15)
     return axes
