@@ -175,18 +175,25 @@ def test_the_playground_in_notebook_7(browser, folder, screenshots):
         tab = browser.new_page(viewport={"width": 1000, "height": 1400})
         page = Page(tab)
         tab.goto(address)
-        tab.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
-        for cell in range(3):
-            page.run(cell)
+        tab.wait_for_selector(".jp-CodeCell .jp-InputArea-editor", timeout=60_000)
+        started = "() => document.querySelector('.jp-InputPrompt').innerText != '[ ]:'"
+        for _ in range(20):  # a cell that is run before the kernel is connected does not run
+            page.run(0)
+            if tab.evaluate(started):
+                break
+            tab.wait_for_timeout(1000)
+        page.run(2)
         tab.wait_for_selector(".steer-nb .tokens tbody tr", timeout=60_000)
         before = page.first()
-        page.press("ArrowRight")
+        page.press("ArrowLeft")
+        assert page.strength().input_value() == "2.9"
         steered, unsteered = page.first()
         assert unsteered == before[1] and steered != before[0]
         inside, outside = page.widths()
         assert inside <= outside
         tab.screenshot(path=screenshots / "notebook.png")
-        assert page.errors == []
+        # Notebook 7.6 raises an error of its own when it starts
+        assert [one for one in page.errors if "notebook_core" not in one.stack] == []
         tab.close()
 
 

@@ -333,6 +333,9 @@ function build(el, settings, start, backend) {
   });
   // A notebook has shortcuts of its own: keys that are meant for a control stay here.
   root.addEventListener("keydown", (event) => event.stopPropagation());
+  // Jupyter would take some, such as the arrows, before they arrive; it reads this on the control.
+  for (const control of root.querySelectorAll("input, textarea, button, [tabindex]"))
+    control.dataset.lmSuppressShortcuts = "true";
   el.append(root);
   if (backend.recorded) write();
   refresh();
