@@ -6,6 +6,7 @@
 __all__ = ['server_app', 'serve']
 
 # %% ../../nbs/integrations/12_serve.ipynb #00000002
+import socket
 import time
 from collections.abc import Mapping
 from uuid import uuid4
@@ -80,6 +81,9 @@ def _take_choice(
     if model is not None:
         check_choice("model", model, _model_names(base, saved), RequestError)
     named = None if model is None else split_model_name(model, [base], saved)[1]
+    for field in ("steering", "strength"):
+        if field in body:
+            raise RequestError(f"{field!r} belongs into 'vllm_xargs': {{{field!r}: …}}")
     given = body.pop("vllm_xargs", None)
     name, strength = read_request(given, saved, named or default)
     if named not in (None, name):
@@ -175,13 +179,19 @@ def serve(
     """Load a model and steerings, and serve them until the process gets SIGINT or SIGTERM.
 
     Requests that were accepted before the signal are answered. Raises `SteerError` as `server_app`,
-    `parse_sources`, `load_model` and `load_steering`."""
+    `parse_sources`, `load_model` and `load_steering`, and if the port is not free."""
     _check_installed()
     import uvicorn
 
     sources = parse_sources(sources)
     if default is not None:
         check_choice("steering", default, sources, RequestError)
+    try:  # before the model is loaded
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise SteerError(
+            f"cannot listen at {host}:{port} ({error.strerror}): another port, or 0 for a free one"
+        ) from error
     loaded, tokenizer = load_model(model, dtype, quantization=quantization)
     for name, source in sources.items():
         place, stored = split_source(source)
