@@ -53,7 +53,9 @@ def compact(text: str) -> str:
     "The text with the cells of tables not padded."
 
     def row(match):
-        return re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", match[0]))
+        if set(match[0]) <= {"|", "-"}:
+            return re.sub(r"-+", "---", match[0])
+        return re.sub(r"\| +", "| ", re.sub(r" +\|", " |", match[0]))
 
     return re.sub(r"^\|.*\|$", row, text, flags=re.MULTILINE)
 

@@ -269,7 +269,8 @@ WRONG = [
     ({"model": "other"}, f"no model 'other': there are {BASE}, {BASE}:vector"),
     ({"model": 7}, f"no model 7: there are {BASE}, {BASE}:vector"),
     ({"max_tokens": "many"}, "invalid literal"),
-    ({"steering": "vector"}, "'steering' belongs into 'vllm_xargs'"),
+    ({"steering": "vector"}, "'steering' belongs in 'vllm_xargs'"),
+    ({"strength": 2}, "'strength' belongs in 'vllm_xargs'"),
 ]
 
 
@@ -337,6 +338,7 @@ def test_errors_before_the_server_starts(folder):
             ((*good, "--steering", "a=runs/linear"), "the name 'a' is given twice"),
             ((*good, "--default", "b"), "no steering 'b': there are a"),
             ((*good, "--port", port), f"cannot listen at localhost:{port}"),
+            ((*good, "--port", "70000"), "cannot listen at localhost:70000"),
         ):
             code, _, err = program.run(*words)
             assert code == 1 and message in err

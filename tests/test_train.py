@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,21 @@ def test_a_method_that_uses_everything_equals_a_loop_by_hand():
         assert torch.allclose(torch.tensor(recorded), torch.tensor(own), rtol=0, atol=1e-7), name
     assert max(norms) > 0.15 > min(norms)  # clipping had something to do
     assert torch.allclose(flat(method.model), flat(model), rtol=0, atol=1e-7)
+
+
+def test_all_parameters_are_trained_with_a_warning_only():
+    "A model as it is, is probably one whose steering was forgotten."
+    once = TrainConfig(lr=1e-3, max_steps=1)
+    with pytest.warns(UserWarning, match=r"call steer\(model\) first"):
+        fit(tiny(), tokenizer, UNSEEN, once)
+    model = tiny()
+    steer(model)
+    for meant in (Method(tiny()), model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            fit(meant, tokenizer, UNSEEN, once)
+    with pytest.raises(TrainError, match="fit needs a task, not str: use `load_records`"):
+        fit(model, tokenizer, "my.jsonl")
 
 
 def test_accumulation_changes_memory_only():

@@ -218,7 +218,10 @@ def chosen_layers(words: str) -> str | list[int]:
                 f"--layers is all, or numbers and ranges with commas: 0,2,10-14, not {words!r}"
             )
         one, first, last = found.groups()
-        layers += [int(one)] if one else range(int(first), int(last) + 1)
+        wanted = [int(one)] if one else range(int(first), int(last) + 1)
+        if not wanted:
+            raise SteerError(f"--layers {word}: a range goes from the lower to the higher layer")
+        layers += wanted
     return layers
 
 

@@ -283,7 +283,7 @@ def generate(
     loaded, tokenizer = load_steered(model, steering, dtype, quantization, strength)
     written = write_answer(loaded, tokenizer, prompt, tokens, chat)
     typer.echo(written)
-    if not written.strip() and not chat:
+    if steering is not None and not written.strip() and not chat:
         typer.echo("nothing was written: a steering of conversations needs --chat", err=True)
 
 

@@ -83,7 +83,7 @@ def _take_choice(
     named = None if model is None else split_model_name(model, [base], saved)[1]
     for field in ("steering", "strength"):
         if field in body:
-            raise RequestError(f"{field!r} belongs into 'vllm_xargs': {{{field!r}: …}}")
+            raise RequestError(f"{field!r} belongs in 'vllm_xargs': {{{field!r}: …}}")
     given = body.pop("vllm_xargs", None)
     name, strength = read_request(given, saved, named or default)
     if named not in (None, name):
@@ -187,10 +187,11 @@ def serve(
     if default is not None:
         check_choice("steering", default, sources, RequestError)
     try:  # before the model is loaded
-        socket.create_server((host, port)).close()
-    except OSError as error:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
         raise SteerError(
-            f"cannot listen at {host}:{port} ({error.strerror}): another port, or 0 for a free one"
+            f"cannot listen at {host}:{port} ({error}): try another port, or 0 for a free one"
         ) from error
     loaded, tokenizer = load_model(model, dtype, quantization=quantization)
     for name, source in sources.items():

@@ -68,7 +68,7 @@ def draw_profile(profile: ShiftProfile, axes, value: str = "r2_held_out") -> Non
     values = [[found.get((*name, layer), math.nan) for layer in layers] for name in names]
     rows = [f"{at} {rank}" for at, rank in names]
     heat_map(axes, values, rows, layers, VALUES[value], highest=1)
-    axes.tick_params(axis="y", labelsize=8)
+    axes.tick_params(axis="y", labelsize="small")
 
 
 def shift_profile(

@@ -174,13 +174,15 @@ def fit(
     the tracker `config.log_with`. TensorBoard writes to `logs/` in the folder, or here without one.
     `on_step` can call the model; in bfloat16 it must not save it: frozen weights are rounded then.
 
+    Warns if every parameter of a model is trained.
+
     Raises `TrainError` if nothing can be trained, if the loss or the gradient is not finite, if the
     folder has files or an unfinished training that differs, if another process trains there, or if
     the model cannot be compiled;
     `OutputError` if the folder cannot be read or written; `TaskError` if an example is longer than
     the model's context."""
-    if not hasattr(task, "train"):
-        raise TrainError(f"fit needs a task: {type(task).__name__} is none; use `load_records`")
+    if not hasattr(task, "fingerprint"):
+        raise TrainError(f"fit needs a task, not {type(task).__name__}: use `load_records`")
     method, folder = as_method(model), check_output(output, overwrite)
     config = TrainConfig() if config is None else config
     check_number("checkpoint_every", checkpoint_every, 0, error=TrainError)

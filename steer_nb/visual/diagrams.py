@@ -112,7 +112,7 @@ def draw_update_as_shift(
     "A block with changed weights, and the frozen block with a first-order shift after it."
     _small_block(ax, 0.7, trained=True)
     _wire(ax, (5.17, 1), (6.0, 1))
-    ax.text(6.7, 1, r"$\approx$", ha="center", va="center", fontsize=22)
+    ax.text(6.7, 1, r"$\approx$", ha="center", va="center", fontsize="xx-large")
     _small_block(ax, 8.0, trained=False)
     _wire(ax, (12.47, 1), (13.08, 1))
     _plus(ax, 13.3, 1, _colour("block"))
@@ -120,7 +120,7 @@ def draw_update_as_shift(
     _box(ax, (13.3, -0.45), (0.8, 0.8), r"$\delta$", _colour("block"))
     _wire(ax, (7.75, 1), (7.75, -0.45), (12.9, -0.45), colour=_colour("block"))
     _wire(ax, (13.3, -0.05), (13.3, 0.78), colour=_colour("block"))
-    formulas = {3.05: r"$F(h;\;W + \Delta W)$", 6.7: r"$\approx$"}
+    formulas = {3.05: r"$F(h;\;W + \Delta W)$"}
     formulas[10.7] = r"$F(h;\;W) + \delta$,   $\delta = \partial_W F(h;\;W)\;\Delta W$"
     for x, text in formulas.items():
         ax.text(x, -1.45, text, ha="center", va="center", fontsize="large")
@@ -157,8 +157,8 @@ def draw_projection(
     ax.plot(*corner.T, color=_ink(), lw=0.8)
     labels = {
         "row": (r"a row of $D$", _colour("block"), (5, 0), "left"),
-        "left": (r"its row of $D\,(I - V V^\top)$: kept", _colour("block"), (-6, 4), "right"),
-        "inside": (r"of $D\,V V^\top$: removed", _colour("weights"), (6, -1), "left"),
+        "left": ("kept", _colour("block"), (-6, 4), "right"),
+        "inside": ("removed", _colour("weights"), (6, -1), "left"),
         "first": (r"columns of $B$", _colour("weights"), (5, -6), "left"),
     }
     for name, (text, colour, offset, side) in labels.items():
