@@ -141,7 +141,7 @@ def test_the_data_of_the_demonstration_in_other_commands(demonstration, talker, 
 
 def test_an_empty_answer_of_a_steering_says_why(demonstration, talker, monkeypatch):
     "A steering of conversations ends at once where the prompt has no chat template."
-    monkeypatch.setattr("steer_nb.cli.training.write_answer", lambda *_: "")
+    monkeypatch.setattr("steer_nb.evaluation.generation.generate_answers", lambda *_: [""])
     words, steering = ("generate", "why?", "--model", talker), demonstration[0] / "run"
     assert "needs --chat" in run(*words, "--steering", steering)[2]
     assert run(*words)[2] == run(*words, "--steering", steering, "--chat")[2] == ""

@@ -6,8 +6,7 @@
 __all__ = ['ORDER', 'app', 'ModelName', 'TaskName', 'DataSource', 'Columns', 'Choices', 'Metric', 'SteeringFolder', 'Strength',
            'Dtype', 'Precision', 'Quantization', 'Size', 'Seed', 'BatchSize', 'ShiftSite', 'Layers', 'LearningRate',
            'Epochs', 'Overwrite', 'Program', 'options', 'one_line_warnings', 'is_first_process', 'say', 'chosen',
-           'chosen_layers', 'print_table', 'find_steering', 'load_examples', 'read_whole', 'load_steered',
-           'write_answer']
+           'chosen_layers', 'print_table', 'find_steering', 'load_examples', 'read_whole', 'load_steered']
 
 # %% ../../nbs/cli/00_app.ipynb #00000002
 import logging
@@ -349,12 +348,3 @@ def load_steered(
     for handle in steerings(loaded).values() if strength is not None else ():
         handle.strength = strength
     return loaded, tokenizer
-
-
-def write_answer(model, tokenizer, prompt: str, tokens: int, chat: bool = False) -> str:
-    "What the model generates after a prompt, greedily."
-    from steer_nb.data.examples import Example
-    from steer_nb.evaluation.generation import generate_answers
-
-    example = Example(prompt=prompt, completion="", choices=(), answer="", id="prompt")
-    return generate_answers(model, tokenizer, [example], tokens, chat)[0]
