@@ -97,7 +97,7 @@ def _small_block(ax: Axes, left: float, trained: bool) -> None:
     colour, change = (_colour("weights"), r"$\,+\,\Delta W$") if trained else (None, "")
     _frame(ax, left, left + 4.7, 0.35, 3.55, "one block")
     for x, name in ((left + 1.2, "attention"), (left + 3.4, "MLP")):
-        _wire(ax, (x - 0.9, 1), (x - 0.9, 2.0), (x - 0.9, 2.7), (x - 0.66, 2.7))
+        _wire(ax, (x - 0.9, 1), (x - 0.9, 2.7), (x - 0.66, 2.7))
         _wire(ax, (x + 0.66, 2.7), (x + 0.85, 2.7), (x + 0.85, 1.22))
         _plus(ax, x + 0.85, 1)
         _box(ax, (x, 2.7), (1.32, 0.95), f"{name}\n$W${change}", colour)
