@@ -205,7 +205,7 @@ CLAIMS = (
         "C3",
         "a post-block vector beats LoFiT on all heads, at equal parameters",
         ("post_block_vector",),
-        ("lofit_all",),
+        ("lofit_wide",),
     ),
     Claim(
         "C3",
