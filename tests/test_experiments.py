@@ -315,7 +315,7 @@ def test_a_full_disk_leaves_the_store_readable(tmp_path, room):
 
 def test_ids_are_the_same_in_every_process():
     "Those of the committed records were computed by other processes on other machines."
-    for folder in ("testbed", "small-cpu"):
+    for folder in ("testbed", "smollm2"):
         records = [record for record in Store(STORES / folder).records() if "spec" in record]
         assert len(records) > 100
         assert all(Spec(**record["spec"]).id == record["id"] for record in records)

@@ -49,7 +49,7 @@ def experiment(
         str | None,
         typer.Option(
             help="smoke, location, methods, longer, sizes, broad, location-real, methods-real, "
-            "gpu, small-cpu or paper."
+            "gpu, real-tasks or paper."
         ),
     ] = None,
     store: Annotated[

@@ -16,15 +16,11 @@ from .testbed import LISTOPS
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/18_presets.ipynb #2de8a53b
-def _arms(
-    rates: Callable[[str], Sequence[float]], names: Sequence[str] = tuple(METHODS)
-) -> dict[str, Arm]:
+def _arms(rates: Callable[[str], Sequence[float]]) -> dict[str, Arm]:
     "The settings of each method, with its rates."
-    return {name: Arm(name, tuple(rates(name))) for name in names}
+    return {name: Arm(name, tuple(rates(name))) for name in METHODS}
 
 
-_CPU = ("full", "lora", "loreft", "post_block_vector", "post_block_linear", "post_block_nonlinear")
-_CPU += ("mlp_linear", "attn_linear", "joint")
 _LISTOPS_32 = {"name": "listops", "length": 32}
 _SMOKE = {"name": "listops", "length": 6, "depth": 1, "max_args": 4, "operators": ("FIRST", "LAST")}
 _NESTED = {  # about half of these are answered by the outer operator, applied to all digits
@@ -196,14 +192,14 @@ _GPU = replace(
     },
     budgets={"listops-32": {"epochs": 3}},
 )
-_SMALL_CPU = Experiment(
-    "small-cpu",
+_REAL_TASKS = Experiment(
+    "real-tasks",
     ("smollm2-135m",),
     {
         "sst2": {"name": "sst2", "n_train": 256, "n_validation": 89, "n_test": 300},
         "listops": {**_LISTOPS_32, "n_train": 512, "n_validation": 100, "n_test": 300},
     },
-    _arms(lambda name: METHODS[name].rates[1:4], _CPU),
+    {"full": Arm("full", METHODS["full"].rates[1:4])},
     {"batch_size": 16, "epochs": 2},
     batch_size=32,
 )
@@ -238,7 +234,7 @@ PRESETS: dict[str, Experiment] = {
         _LOCATION_REAL,
         _METHODS_REAL,
         _GPU,
-        _SMALL_CPU,
+        _REAL_TASKS,
         _PAPER,
     )
 }
