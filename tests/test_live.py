@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tokenizers import SentencePieceBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from steer_nb import steer, steerings, tiny_model
 from steer_nb.experiments.testbed import symbol_tokenizer
@@ -49,3 +51,19 @@ def test_a_removed_steering_is_an_error():
     steerings(model)["one"].remove()
     with pytest.raises(LiveError, match="removed"):
         live.next_tokens(State(PROMPT))
+
+
+def test_a_tokenizer_whose_decoder_drops_the_first_space():
+    "SentencePiece tokenizers do: token by token, a text would lose its spaces."
+    bpe, prompt = SentencePieceBPETokenizer(), "the food in a small town"
+    bpe.train_from_iterator([f"{prompt} was good"] * 3, vocab_size=64, special_tokens=["<unk>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, unk_token="<unk>")
+    model = tiny_model("llama", vocab_size=len(tokenizer)).eval()
+    live = LiveModel(model, tokenizer, {"one": steer(model, name="one")})
+    ids = live.encode(prompt)
+    assert "".join(live.tokens(prompt)) == f" {prompt}"
+    assert "".join(tokenizer.decode(ids[0, k]) for k in range(ids.shape[1])) != prompt
+
+    text = model.generate(ids, max_new_tokens=8, do_sample=False)[0]
+    pieces = [item["unsteered"] for item in live.generate(State(prompt), 8)]
+    assert prompt + "".join(pieces) == tokenizer.decode(text) and " " in "".join(pieces)
