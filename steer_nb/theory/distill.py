@@ -76,7 +76,8 @@ class OracleFit:
         for key, style, label in lines:
             axes.plot(layers, [row[key] for row in self.rows], style, markersize=3, label=label)
         axes.set(xlabel="layer", ylim=(min(0, axes.get_ylim()[0]), 1.05), title=self.what)
-        axes.legend(fontsize=8)
+        axes.locator_params(axis="x", integer=True)
+        axes.legend()
 
 # %% ../../nbs/theory/09_distill.ipynb #0000000a
 def tokens_needed(width: int, kind: str = "linear", bias: bool = True) -> int:

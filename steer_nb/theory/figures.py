@@ -29,7 +29,7 @@ def heat_map(
     highest: float | None = None,  # the end of the colour bar; None: the largest value
 ) -> None:
     "Draw values by row and layer; colours start at 0."
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+    image = axes.imshow(values, aspect="auto", vmin=0, vmax=highest)
     step = max(1, len(layers) // 10)
     axes.set(yticks=range(len(rows)), yticklabels=rows, xlabel="layer")
     axes.set_xticks(range(0, len(layers), step), layers[::step])

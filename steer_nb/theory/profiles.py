@@ -68,7 +68,6 @@ def draw_profile(profile: ShiftProfile, axes, value: str = "r2_held_out") -> Non
     values = [[found.get((*name, layer), math.nan) for layer in layers] for name in names]
     rows = [f"{at} {rank}" for at, rank in names]
     heat_map(axes, values, rows, layers, VALUES[value], highest=1)
-    axes.tick_params(axis="y", labelsize="small")
 
 
 def shift_profile(
@@ -173,6 +172,7 @@ def draw_growth(growth: ErrorGrowth, axes) -> None:
         values = (getattr(growth, name) / growth.size).mean(1)
         axes.semilogy(range(len(values)), values, style, markersize=3, label=name)
     axes.set(xlabel="layer", ylabel="error / ‖h‖")
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
 
 # %% ../../nbs/theory/10_profiles.ipynb #0000000f

@@ -194,6 +194,7 @@ def _lines_by_layer(values: Mapping, ax: Axes | None, label: str) -> Axes:
         found, colour = [values[at, layer] for layer in layers], COLOURS[at]
         ax.plot(layers, found, marker="o", color=colour, label=at)
     ax.set(xlabel="layer", ylabel=label)
+    ax.locator_params(axis="x", integer=True)
     ax.legend()
     return ax
 
